@@ -1,0 +1,43 @@
+"""The `composer-se` command: one subcommand per module of `composer_se.commands`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from composer_se.errors import UserError
+
+__all__ = ["main"]
+
+COMMANDS = {
+    "train": "train a recipe in this process",
+    "cost": "measure what SE costs on a model and this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Args:
+        argv: Arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
+    """
+    parser = argparse.ArgumentParser(prog="composer-se", description=__doc__)
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"composer_se.commands.{name}")
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    args = parser.parse_args(argv)
+    try:
+        return importlib.import_module(f"composer_se.commands.{args.command}").run(args)
+    except UserError as error:
+        print(f"composer-se {args.command}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
