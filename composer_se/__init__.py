@@ -1,0 +1,42 @@
+"""Squeeze-and-Excitation for any CNN: a MosaicML Composer algorithm and a plain PyTorch function."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from composer_se import functional, surgery
+from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
+from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
+from composer_se.on_composer_import import register_algorithm
+
+if TYPE_CHECKING:
+    from composer_se.algorithm import SqueezeExcite
+
+__all__ = [
+    "SqueezeExcite",
+    "SqueezeExcite2d",
+    "SqueezeExciteConv2d",
+    "apply_squeeze_excite",
+    "functional",
+    "remove_squeeze_excite",
+    "surgery",
+]
+
+__version__ = "0.1.0"
+
+register_algorithm()
+
+_NEEDS_COMPOSER = {"SqueezeExcite": "composer_se.algorithm"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NEEDS_COMPOSER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if importlib.util.find_spec("composer") is None:
+        raise ImportError(
+            f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install mosaicml. "
+            "composer_se.apply_squeeze_excite works without it."
+        )
+    return getattr(importlib.import_module(_NEEDS_COMPOSER[name]), name)

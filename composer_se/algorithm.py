@@ -1,0 +1,172 @@
+"""Squeeze-and-Excitation as an algorithm of the Composer Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import types
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import composer.algorithms
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from torch import nn
+
+from composer_se import surgery
+from composer_se.functional import apply_squeeze_excite
+from composer_se.modules import SqueezeExciteConv2d, check_inplace, check_latent_channels
+from composer_se.selection import as_patterns, check_min_channels, check_min_channels_of
+
+__all__ = ["SqueezeExcite"]
+
+log = logging.getLogger(__name__)
+
+
+class SqueezeExcite(Algorithm):
+    """Adds Squeeze-and-Excitation blocks (Hu et al., https://arxiv.org/abs/1709.01507) to convs of the Trainer's model.
+
+    Runs on `Event.INIT`, before the model is wrapped for distributed training, and adds the new parameters to the
+    Trainer's optimizer. All ranks start from the same initial weights. See `composer_se.apply_squeeze_excite` for the
+    rules and for use without the Trainer.
+
+    Args:
+        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
+            (0, 1). Default: ``64``.
+        min_channels: The least number of output channels of a conv that gets a block, or ``"auto"``. Default: ``128``.
+        min_channels_of: ``"output"``, or ``"both"`` to compare the smaller of input and output channels, as Composer's
+            built-in algorithm does. Default: ``"output"``.
+        include: Glob pattern, or several, over qualified module names: only matching convs get a block. Default: all.
+        exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        inplace: Whether blocks overwrite the conv's output: ``"auto"``, wherever it is safe, True or False.
+            Default: ``"auto"``.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> trainer = Trainer(model=model, algorithms=[composer_se.SqueezeExcite(latent_channels=64, min_channels=512)])
+    """
+
+    def __init__(
+        self,
+        latent_channels: float = 64,
+        min_channels: int | str = 128,
+        *,
+        min_channels_of: str = "output",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        inplace: bool | str = "auto",
+    ) -> None:
+        check_latent_channels(latent_channels)
+        check_min_channels(min_channels)
+        check_min_channels_of(min_channels_of)
+        check_inplace(inplace)
+        self.latent_channels = latent_channels
+        self.min_channels = min_channels
+        self.min_channels_of = min_channels_of
+        self.include = as_patterns(include, "include") or None
+        self.exclude = as_patterns(exclude, "exclude") or None
+        self.inplace = inplace
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__qualname__}({options})"
+
+    @staticmethod
+    def required_on_load() -> bool:
+        """A checkpoint of a model with SE loads into a model with SE only."""
+        return True
+
+    def match(self, event: Event, state: State) -> bool:
+        """Whether the event is `Event.INIT`."""
+        return event == Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Changes the model and its optimizers, logs one line and records the hyperparameters."""
+        model = state.model
+        num_convs = surgery.count_module_instances(model, nn.Conv2d)
+        with _rank_zero_rng(state):
+            added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **vars(self))
+        num_layers = surgery.count_module_instances(model, SqueezeExciteConv2d)
+        num_parameters = sum(parameter.numel() for wrapper in added.values() for parameter in wrapper.se.parameters())
+        log.info(
+            "SE on %d of %d convs, %d parameters added (latent_channels=%s, min_channels=%s, min_channels_of=%s).",
+            num_layers,
+            num_convs,
+            num_parameters,
+            self.latent_channels,
+            self.min_channels,
+            self.min_channels_of,
+        )
+        logger.log_hyperparameters(
+            {
+                "squeeze_excite/num_squeeze_excite_layers": num_layers,
+                "squeeze_excite/num_added_parameters": num_parameters,
+            }
+        )
+        _leave_out_builtin_on_load(state)
+
+
+@contextlib.contextmanager
+def _rank_zero_rng(state: State) -> Iterator[None]:
+    """Draws the same initial weights on all ranks, and leaves the generators as they were.
+
+    Composer gives every rank a seed of its own, and FSDP may shard without a broadcast from rank zero.
+    """
+    devices = {parameter.device for parameter in state.model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(state.rank_zero_seed)
+        yield
+
+
+def _leave_out_builtin_on_load(state: State) -> None:
+    """Keeps Composer from adding its own SqueezeExcite when a checkpoint that was written with it is loaded.
+
+    Its blocks and ours have the same parameters, so ours take their place. Without this, Composer would append its
+    algorithm to the list, warn of it, and record that the model has no SE layers.
+    """
+    apply_required_algorithms = state._apply_required_algorithms
+
+    @functools.wraps(apply_required_algorithms)
+    def without_builtin(
+        state_dict: dict[str, Any],
+        logger: Logger,
+        exclude_algorithms: list[str] | None = None,
+        algorithm_passes: list[Any] | None = None,
+    ) -> None:
+        builtin = composer.algorithms.SqueezeExcite.__qualname__
+        representations = [value["repr"] for name, value in state_dict["algorithms"] if name == builtin]
+        if representations:
+            _warn_of_other_layers(state, state_dict.get("model") or {}, representations[0])
+        apply_required_algorithms(state_dict, logger, [*(exclude_algorithms or ()), builtin], algorithm_passes)
+
+    state._apply_required_algorithms = without_builtin
+
+
+def _warn_of_other_layers(state: State, weights: dict[str, Any], builtin: str) -> None:
+    suffix = ".se.pool_and_mlp.2.weight"
+    stored = {name: tensor.shape for name, tensor in weights.items() if name.endswith(suffix)}
+    present = {name: tensor.shape for name, tensor in state.model.named_parameters() if name.endswith(suffix)}
+    if weights and stored != present:
+        log.warning(
+            "The checkpoint was written with Composer's %s and has %d SE layers; this model has %d, or others. "
+            "To get the same layers, give composer_se.SqueezeExcite its latent_channels and min_channels, and "
+            "min_channels_of='both'.",
+            builtin,
+            len(stored),
+            len(present),
+        )
+
+
+# A checkpoint stores an algorithm under its qualified name, with its repr. On load Composer takes the name for one of
+# composer.algorithms and, if it finds a class there that is required on load, evaluates "composer.algorithms." + repr.
+# Under the name "SqueezeExcite" it would find its own class and put that on top of ours. Under this name it finds ours,
+# which is also how a user would write it.
+SqueezeExcite.__qualname__ = "composer_se.SqueezeExcite"
+composer_se = types.SimpleNamespace(SqueezeExcite=SqueezeExcite)  # where pickle looks for that name
+composer.algorithms.composer_se = composer_se  # pyright: ignore[reportAttributeAccessIssue]
+setattr(composer.algorithms, SqueezeExcite.__qualname__, SqueezeExcite)

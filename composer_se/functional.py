@@ -1,0 +1,173 @@
+"""Squeeze-and-Excitation for any PyTorch model, without Composer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from composer_se import surgery
+from composer_se.modules import SqueezeExciteConv2d, check_inplace
+from composer_se.selection import RECOMMENDED_LATENT_CHANNELS, Selection, is_norm, select_convs
+
+__all__ = ["apply_squeeze_excite", "remove_squeeze_excite"]
+
+log = logging.getLogger(__name__)
+
+
+def apply_squeeze_excite(
+    model: nn.Module,
+    latent_channels: float = 64,
+    min_channels: int | str = 128,
+    optimizers: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    min_channels_of: str = "output",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    inplace: bool | str = "auto",
+) -> dict[str, SqueezeExciteConv2d]:
+    """Adds a Squeeze-and-Excitation block (Hu et al., https://arxiv.org/abs/1709.01507) to convs of a model, in place.
+
+    Convs that have a block, or are part of one, are passed over: calling this again changes nothing. The new parameters
+    take the conv's device and dtype and PyTorch's initialisation of `torch.nn.Linear`.
+
+    Args:
+        model: The model, not wrapped in DDP or FSDP yet.
+        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
+            (0, 1), rounded down but at least 1. Default: ``64``, the least width that is recommended.
+        min_channels: The least number of output channels of a conv that gets a block. ``"auto"`` is the smaller of 512
+            and the largest number in the model, as recommended. Default: ``128``.
+        optimizers: The optimizers of the model's parameters, if they exist already: each new parameter joins the
+            parameter group that holds its conv's weight. Default: none.
+        min_channels_of: ``"output"`` compares ``min_channels`` with the output channels, ``"both"`` with the smaller of
+            input and output channels as Composer's built-in algorithm does. Default: ``"output"``.
+        include: Glob pattern, or several, over qualified module names: only convs that match, or lie in a module that
+            does, get a block. Default: all.
+        exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        inplace: Whether a block overwrites the conv's output, so that SE keeps no activation of its own. ``"auto"``
+            does so wherever it is safe: while training, for convs whose next module is a normalisation layer; without
+            gradients, always. Default: ``"auto"``.
+
+    Returns:
+        The new blocks with their convs, by the qualified name of the conv they replaced, in model order.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
+        ValueError: If an argument is out of range, an ``include`` pattern matches no conv, the model is itself a conv,
+            or an optimizer holds none of the model's parameters. The model and the optimizers are as before.
+
+    Example:
+        >>> from torchvision.models import resnet50
+        >>> model = resnet50()
+        >>> len(apply_squeeze_excite(model, latent_channels=64, min_channels=512))
+        23
+    """
+    check_inplace(inplace)
+    selection = select_convs(
+        model,
+        latent_channels,
+        min_channels,
+        min_channels_of=min_channels_of,
+        include=include,
+        exclude=exclude,
+    )
+    _check_optimizers(model, optimizers)
+    if not selection.chosen:
+        _warn_of_no_conv(model, selection)
+        return {}
+    _note_narrow_blocks(selection)
+    followed_by_norm = _convs_before_norm(model)
+    wrappers: dict[nn.Module, SqueezeExciteConv2d] = {}
+    for choice in selection.chosen:
+        wrapper = SqueezeExciteConv2d(
+            conv=choice.conv,
+            latent_channels=choice.latent_channels,
+            inplace=inplace,
+            followed_by_norm=choice.conv in followed_by_norm,
+        )
+        wrapper.se.layer_name = choice.name
+        wrappers[choice.conv] = wrapper
+    surgery.replace_module_classes(model, {nn.Conv2d: lambda conv, _: wrappers.get(conv)}, optimizers)
+    return {choice.name: wrappers[choice.conv] for choice in selection.chosen}
+
+
+def remove_squeeze_excite(
+    model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None = None
+) -> dict[str, nn.Module]:
+    """Gives back the convs without their Squeeze-and-Excitation blocks, in place.
+
+    Args:
+        model: The model, not wrapped in DDP or FSDP.
+        optimizers: The optimizers of its parameters; those of the blocks leave them. Default: none.
+
+    Returns:
+        The bare convs, by qualified name, in model order.
+
+    Raises:
+        ValueError: If the model is itself a `SqueezeExciteConv2d`, which can't be replaced in place.
+    """
+    if isinstance(model, SqueezeExciteConv2d):
+        raise ValueError(
+            "The model is itself a SqueezeExciteConv2d, which can't be replaced in place. Take model.conv."
+        )
+    names = {module: name for name, module in model.named_modules() if isinstance(module, SqueezeExciteConv2d)}
+    bare_conv: dict[nn.Module, nn.Module] = {wrapper: wrapper.conv for wrapper in names}
+    surgery.replace_module_classes(model, {SqueezeExciteConv2d: lambda wrapper, _: bare_conv[wrapper]}, optimizers)
+    for wrapper in names:
+        del wrapper.conv._already_squeeze_excited
+    return {name: wrapper.conv for wrapper, name in names.items()}
+
+
+def _check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None) -> None:
+    if optimizers is None:
+        return
+    parameters = set(model.parameters())
+    for optimizer in (optimizers,) if isinstance(optimizers, Optimizer) else optimizers:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizers holds a {type(optimizer).__name__}; give the torch optimizers of the model's parameters."
+            )
+        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
+        if not any(parameter in parameters for parameter in held):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds none of the model's parameters. "
+                "Give the optimizer that was built from this model, or none and build it afterwards."
+            )
+
+
+def _convs_before_norm(model: nn.Module) -> set[nn.Module]:
+    """The convs that in every parent are followed by a normalisation layer, by order of registration."""
+    followed: dict[nn.Module, bool] = {}
+    for parent in model.modules():
+        children = [child for child in parent._modules.values() if child is not None]
+        for child, successor in zip(children, [*children[1:], None], strict=False):
+            if isinstance(child, nn.Conv2d):
+                followed[child] = followed.get(child, True) and successor is not None and is_norm(successor)
+    return {conv for conv, before_norm in followed.items() if before_norm}
+
+
+def _warn_of_no_conv(model: nn.Module, selection: Selection) -> None:
+    if any(choice.reason == "has SE already" for choice in selection.choices):
+        log.info("Every fitting conv of %s has Squeeze-and-Excitation already.", type(model).__name__)
+        return
+    largest = max((choice.conv.out_channels for choice in selection.choices), default=0)
+    log.warning(
+        "No conv of %s gets Squeeze-and-Excitation: of its %d convs the widest has %d output channels, and "
+        "min_channels is %d. Lower min_channels, or let it be chosen with min_channels='auto'.",
+        type(model).__name__,
+        len(selection.choices),
+        largest,
+        selection.min_channels,
+    )
+
+
+def _note_narrow_blocks(selection: Selection) -> None:
+    widths = [choice.latent_channels for choice in selection.chosen]
+    if (narrowest := min(widths)) < RECOMMENDED_LATENT_CHANNELS:
+        log.info(
+            "The narrowest Squeeze-and-Excitation block has %d latent channels; at least %d are recommended.",
+            narrowest,
+            RECOMMENDED_LATENT_CHANNELS,
+        )

@@ -1,0 +1,50 @@
+"""Makes our algorithm known to Composer as soon as both are imported, and imports Composer for nobody.
+
+Composer recreates algorithms that a checkpoint needs from what it finds in `composer.algorithms`, where
+`composer_se.algorithm` puts ours. Importing Composer takes five seconds, and most of this package does without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+__all__ = ["register_algorithm"]
+
+
+def register_algorithm() -> None:
+    """Imports `composer_se.algorithm` now if Composer is imported, else right after it is."""
+    if "composer" in sys.modules:
+        importlib.import_module("composer_se.algorithm")
+    else:
+        sys.meta_path.insert(0, _ComposerFinder())
+
+
+class _ComposerFinder(MetaPathFinder):
+    """Stands first among the finders until Composer is looked for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "composer":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec("composer")
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            # Some other package of that name must stay importable; using ours then says what is wrong.
+            with contextlib.suppress(ImportError):
+                importlib.import_module("composer_se.algorithm")
+
+        spec.loader.exec_module = execute_and_register
+        return spec

@@ -1,0 +1,318 @@
+"""Which convs get Squeeze-and-Excitation, why the others do not, and how wide each block is."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import math
+import numbers
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from composer_se.modules import SqueezeExciteConv2d, check_latent_channels, latent_width
+
+__all__ = ["ConvChoice", "Selection", "check_min_channels", "select_convs"]
+
+RECOMMENDED_LATENT_CHANNELS = 64
+RECOMMENDED_MIN_CHANNELS = 512
+
+_SE_CLASS = re.compile(
+    r"(effective)?(se|squeeze_?(and)?_?excit(e|ation)|gather_?excite|channel_?att(entio)?n|globalcontext)"
+    r"(2d|cl|module|layer|block|unit)?",
+    re.IGNORECASE,
+)
+_ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ConvChoice:
+    """What happens to one conv.
+
+    Attributes:
+        name: Qualified name, the first one in model order for a conv that several modules share.
+        conv: The conv.
+        chosen: Whether it gets a block.
+        reason: Why, or why not, in a few words.
+        latent_channels: Hidden width of the block it has or gets; 0 for none.
+    """
+
+    name: str
+    conv: nn.Conv2d
+    chosen: bool
+    reason: str
+    latent_channels: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice for every conv of a model, in model order.
+
+    Attributes:
+        choices: One entry per conv.
+        min_channels: The threshold in force, with ``"auto"`` resolved.
+    """
+
+    choices: tuple[ConvChoice, ...]
+    min_channels: int
+
+    @property
+    def chosen(self) -> tuple[ConvChoice, ...]:
+        """The convs that get a block."""
+        return tuple(choice for choice in self.choices if choice.chosen)
+
+
+def check_min_channels(min_channels: int | str) -> None:
+    """Checks a threshold on channels.
+
+    Args:
+        min_channels: A whole number >= 1, or ``"auto"``.
+
+    Raises:
+        TypeError: If it is neither a number nor ``"auto"``.
+        ValueError: If it is a number but not a whole one >= 1.
+    """
+    advice = 'Give the least number of output channels of a conv that gets SE, a whole number >= 1, or "auto".'
+    if min_channels == "auto":
+        return
+    if isinstance(min_channels, bool | str) or not isinstance(min_channels, numbers.Real):
+        raise TypeError(f"min_channels is {min_channels!r} of type {type(min_channels).__name__}. {advice}")
+    if not math.isfinite(min_channels) or min_channels < 1 or min_channels != int(min_channels):
+        raise ValueError(f"min_channels is {min_channels!r}. {advice}")
+
+
+def check_min_channels_of(min_channels_of: str) -> None:
+    """Checks which channels the threshold applies to.
+
+    Raises:
+        ValueError: If it is neither ``"output"`` nor ``"both"``.
+    """
+    if min_channels_of not in ("output", "both"):
+        raise ValueError(
+            f'min_channels_of is {min_channels_of!r}; choose "output" (the output channels count) or '
+            '"both" (input and output channels do, as in Composer\'s built-in algorithm).'
+        )
+
+
+def as_patterns(patterns: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
+    """A tuple of glob patterns, from one pattern, several or none.
+
+    Raises:
+        TypeError: If a pattern is not a string.
+    """
+    if patterns is None:
+        return ()
+    as_tuple = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    for pattern in as_tuple:
+        if not isinstance(pattern, str):
+            raise TypeError(f"{option} holds {pattern!r}; give glob patterns over qualified module names, as strings.")
+    return as_tuple
+
+
+def select_convs(
+    model: nn.Module,
+    latent_channels: float = 64,
+    min_channels: int | str = 128,
+    *,
+    min_channels_of: str = "output",
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Selection:
+    """Chooses the convs of a model that get a Squeeze-and-Excitation block. Changes nothing.
+
+    A conv is passed over when it has a block already, when it is part of an existing SE block or works on the 1×1 map
+    behind a global pool, when a pattern says so, or when it has too few channels, in this order.
+
+    Args:
+        model: The model.
+        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
+            (0, 1). Default: ``64``.
+        min_channels: The least number of channels of a conv that gets a block. ``"auto"`` is the smaller of 512 and
+            the largest number in the model. Default: ``128``.
+        min_channels_of: ``"output"`` compares the output channels, ``"both"`` the smaller of input and output channels
+            as Composer's built-in algorithm does. Default: ``"output"``.
+        include: Glob patterns over qualified names; only convs that match one, or lie in a module that does, are
+            chosen. A pattern that is a conv's full name also overrides the rule on existing SE blocks. A leading
+            ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
+        exclude: Glob patterns, in the same way, of convs to pass over. Default: none.
+
+    Returns:
+        The choice for every `torch.nn.Conv2d`.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
+        ValueError: If an argument is out of range, an ``include`` pattern matches no conv, or the model is a conv.
+    """
+    check_latent_channels(latent_channels)
+    check_min_channels(min_channels)
+    check_min_channels_of(min_channels_of)
+    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
+    _check_model(model)
+    names = _conv_names(model)
+    _check_include(include, names)
+    attached = _convs_with_block(model)
+    unsuited = _unsuited_convs(model)
+
+    def count(conv: nn.Conv2d) -> int:
+        return conv.out_channels if min_channels_of == "output" else min(conv.in_channels, conv.out_channels)
+
+    def why_not(conv: nn.Conv2d) -> str | None:
+        if conv in attached or getattr(conv, "_already_squeeze_excited", False):
+            return "has SE already"
+        if conv in unsuited and not any(_without_prefix(name) in map(_without_prefix, include) for name in names[conv]):
+            return unsuited[conv]
+        if include and not _match(include, names[conv]):
+            return "matches no include pattern"
+        if excluding := _match(exclude, names[conv]):
+            return f"excluded by {excluding!r}"
+        return None
+
+    reasons = {conv: why_not(conv) for conv in names}
+    if min_channels == "auto":
+        largest = max((count(conv) for conv, reason in reasons.items() if reason is None), default=1)
+        threshold = min(RECOMMENDED_MIN_CHANNELS, largest)
+    else:
+        threshold = int(min_channels)
+
+    def choose(conv: nn.Conv2d) -> ConvChoice:
+        name, reason = names[conv][0], reasons[conv]
+        if reason is None and count(conv) < threshold:
+            reason = f"{count(conv)} channels < {threshold}"
+        if reason is None:
+            return ConvChoice(name, conv, True, "chosen", latent_width(latent_channels, conv.out_channels))
+        return ConvChoice(name, conv, False, reason, attached.get(conv, 0))
+
+    return Selection(tuple(choose(conv) for conv in names), threshold)
+
+
+def _check_model(model: nn.Module) -> None:
+    if isinstance(model, nn.Conv2d):
+        raise ValueError(
+            "The model is itself a Conv2d, which can't be replaced in place. "
+            "Wrap it by hand: SqueezeExciteConv2d(conv=model)."
+        )
+    # Looked up, not imported: a model can't be wrapped by a module that nobody imported.
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    wrappers = (
+        DistributedDataParallel,
+        *(getattr(fsdp, name, ()) for name in ("FullyShardedDataParallel", "FSDPModule")),
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, wrappers):
+            raise TypeError(
+                f"{name or 'The model'} is wrapped in {type(module).__name__}, which has registered its parameters "
+                "already. Apply Squeeze-and-Excitation to the bare model, then wrap it."
+            )
+
+
+def _conv_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
+    """Every conv in model order, with all its qualified names."""
+    names: dict[nn.Conv2d, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Conv2d):
+            names.setdefault(module, []).append(name)
+    return names
+
+
+def _convs_with_block(model: nn.Module) -> dict[nn.Module, int]:
+    """The convs that carry a block of ours, with its width."""
+    wrappers = (module for module in model.modules() if isinstance(module, SqueezeExciteConv2d))
+    return {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
+
+
+def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:
+    """Convs that see one number per channel instead of a map, with the reason to give."""
+    reasons: dict[nn.Module, str] = {}
+    for name, module in model.named_modules():
+        label = f"{type(module).__name__} {name}" if name else type(module).__name__
+        if is_se_block(module):
+            for conv in _convs_in(module):
+                reasons.setdefault(conv, f"inside the SE block {label}")
+        if _ATTENTION_CLASS.search(type(module).__name__):
+            for child_name, child in module.named_children():
+                if child_name.startswith("fc") and _is_pointwise(child):
+                    reasons.setdefault(child, f"on the 1×1 map of {label}")
+        if isinstance(module, nn.Sequential):
+            for conv in _convs_behind_global_pool(module):
+                reasons.setdefault(conv, "on the 1×1 map behind a global pool")
+    return reasons
+
+
+def is_se_block(module: nn.Module) -> bool:
+    """Whether a module is a Squeeze-and-Excitation block made of convs, by its class's name or by its structure.
+
+    By name, all its convs must be 1×1: a residual block called ``SEBlock`` holds others. By structure, its children are
+    two 1×1 convs, from C channels to fewer and back to C, without normalisation, and a sigmoid.
+    """
+    if _SE_CLASS.fullmatch(type(module).__name__):
+        return all(map(_is_pointwise, _convs_in(module)))
+    children = list(module.children())
+    convs = [child for child in children if isinstance(child, nn.Conv2d)]
+    if len(convs) != 2 or not all(map(_is_pointwise, convs)):
+        return False
+    reduce, expand = convs
+    return (
+        expand.out_channels == reduce.in_channels > reduce.out_channels == expand.in_channels
+        and any(isinstance(child, nn.Sigmoid | nn.Hardsigmoid) for child in children)
+        and not any(map(is_norm, children))
+    )
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer: one of torch's, or one whose class's name says so.
+
+    Such a layer keeps its input for backward and does not change it. In-place activated batch norm (``InPlaceABN``)
+    does, and its name does not say that it is one.
+    """
+    return isinstance(module, _NORMS) or "Norm" in type(module).__name__
+
+
+_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+
+
+def _convs_in(module: nn.Module) -> Iterator[nn.Conv2d]:
+    return (child for child in module.modules() if isinstance(child, nn.Conv2d))
+
+
+def _convs_behind_global_pool(sequence: nn.Sequential) -> Iterator[nn.Conv2d]:
+    pooled = False
+    for child in sequence:
+        if isinstance(child, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
+            pooled = child.output_size in (1, (1, 1))
+        elif isinstance(child, nn.Upsample):
+            pooled = False
+        elif pooled:
+            yield from _convs_in(child)
+
+
+def _check_include(include: tuple[str, ...], names: dict[nn.Conv2d, list[str]]) -> None:
+    all_names = [_without_prefix(name) for conv_names in names.values() for name in conv_names]
+    for pattern in include:
+        if _match((pattern,), all_names) is None:
+            nearest = difflib.get_close_matches(_without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
+            raise ValueError(
+                f"include has the pattern {pattern!r}, which matches no Conv2d of the model. "
+                + (f"Nearest names: {', '.join(nearest)}." if nearest else "The model has no Conv2d.")
+            )
+
+
+def _match(patterns: tuple[str, ...], names: Sequence[str]) -> str | None:
+    """The first pattern that matches one of the names, or a module around it."""
+    for pattern in patterns:
+        bare = _without_prefix(pattern)
+        for name in map(_without_prefix, names):
+            if fnmatch.fnmatchcase(name, bare) or fnmatch.fnmatchcase(name, f"{bare}.*"):
+                return pattern
+    return None
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix("module.")

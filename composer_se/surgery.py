@@ -1,0 +1,264 @@
+"""Swapping modules in a live model, and keeping its optimizers right. Knows nothing of Squeeze-and-Excitation.
+
+The functions take the arguments of `composer.utils.module_surgery` and can stand in for it. They also handle several
+parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+__all__ = [
+    "ReplacementFunction",
+    "count_module_instances",
+    "replace_module_classes",
+    "update_params_in_optimizer",
+]
+
+log = logging.getLogger(__name__)
+
+ReplacementFunction = Callable[[nn.Module, int], nn.Module | None]
+"""Given a module and how many of its class came before it, returns its replacement, or None to keep it."""
+
+
+def replace_module_classes(
+    module: nn.Module,
+    policies: Mapping[type[nn.Module], ReplacementFunction],
+    optimizers: Optimizer | Sequence[Optimizer] | None = None,
+    recurse_on_replacements: bool = False,
+    indices: dict[Any, int] | None = None,
+) -> dict[nn.Module, nn.Module]:
+    """Replaces the submodules of a model for which a policy returns a replacement, in place.
+
+    All policies are asked before anything is replaced, so an error in one leaves the model as it was. A module with
+    several parents is replaced by one module in all of them. Replacements are moved to the device of what they replace.
+
+    Args:
+        module: The model. It can't itself be replaced.
+        policies: Replacement functions by module class, subclasses included. The first that returns a module wins.
+        optimizers: Optimizers that hold the model's parameters. Those of replaced modules leave, those of replacements
+            join, as `update_params_in_optimizer` does. Default: none.
+        recurse_on_replacements: Whether replacements and their children are offered to the policies too. A policy that
+            always matches its own replacement never ends. Default: ``False``.
+        indices: How many modules of each class were seen before; updated. Default: none were.
+
+    Returns:
+        The replacement of every replaced module, in the order of replacement.
+
+    Raises:
+        TypeError: If the model is wrapped in DistributedDataParallel.
+    """
+    if isinstance(module, DistributedDataParallel):
+        raise TypeError(
+            "The model is wrapped in DistributedDataParallel, which has registered its parameters already. "
+            "Do the surgery on the bare model, then wrap it."
+        )
+    if indices is None:
+        indices = dict.fromkeys(policies, 0)
+    names_before = _parameter_names(module)
+    replacements = _ask_policies(module, policies, recurse_on_replacements, indices)
+    for parent, attribute, replacement in replacements.slots:
+        setattr(parent, attribute, replacement)
+    if optimizers is not None:
+        optimizers = _as_sequence(optimizers)
+        names_after = _parameter_names(module)
+        swaps = [(old.parameters(), new.parameters()) for old, new in replacements.pairs.items()]
+        _update_optimizers(swaps, optimizers, still_in_use=names_after)
+        _rename_in_optimizers(optimizers, names_before, names_after)
+    elif replacements.pairs:
+        log.debug("No optimizer was given. Build it from the model's parameters after this.")
+    return replacements.pairs
+
+
+def count_module_instances(module: nn.Module, module_class: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
+    """Counts the submodules of a class, each once however many parents it has.
+
+    Args:
+        module: The model, which is not counted itself.
+        module_class: The class, or several.
+
+    Returns:
+        The number of distinct submodules that are instances.
+    """
+    return sum(isinstance(child, module_class) for child in module.modules() if child is not module)
+
+
+def update_params_in_optimizer(
+    old_params: Iterable[Parameter],
+    new_params: Iterable[Parameter],
+    optimizers: Optimizer | Sequence[Optimizer],
+) -> None:
+    """Lets the parameters of a replacement take the place of what they replace.
+
+    Parameters on both sides keep their place and their state. Those only in ``old_params`` leave with their state.
+    Those only in ``new_params`` join the end of the parameter group, of whichever optimizer, that holds the first of
+    ``old_params``; if no optimizer holds any, the first group of the first optimizer.
+
+    Args:
+        old_params: Parameters of the replaced module.
+        new_params: Parameters of the replacement.
+        optimizers: One optimizer or several.
+    """
+    _update_optimizers([(old_params, new_params)], _as_sequence(optimizers))
+
+
+@dataclass
+class _Replacements:
+    """What the policies decided: old module to new, and where each new one goes."""
+
+    pairs: dict[nn.Module, nn.Module] = field(default_factory=dict)
+    slots: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
+
+
+def _ask_policies(
+    root: nn.Module,
+    policies: Mapping[type[nn.Module], ReplacementFunction],
+    recurse_on_replacements: bool,
+    indices: dict[Any, int],
+) -> _Replacements:
+    decided = _Replacements()
+    parents = _parents_by_child(root)
+    pending = list(parents)
+    for child in pending:  # grows while a replacement is to be looked at too
+        replacement = None if child in decided.pairs else _first_replacement(child, policies, indices)
+        if replacement is None:
+            continue
+        device = _device_of(child) or _device_of(root)
+        if device is not None:
+            replacement = replacement.to(device)
+        decided.pairs[child] = replacement
+        decided.slots.extend((parent, attribute, replacement) for parent, attribute in parents[child])
+        if recurse_on_replacements:
+            inner = {replacement: parents[child], **_parents_by_child(replacement)}
+            pending.extend(inner)
+            parents.update(inner)
+    return decided
+
+
+def _first_replacement(
+    module: nn.Module, policies: Mapping[type[nn.Module], ReplacementFunction], indices: dict[Any, int]
+) -> nn.Module | None:
+    for module_class, policy in policies.items():
+        if isinstance(module, module_class):
+            index = indices[module_class]
+            indices[module_class] += 1
+            if (replacement := policy(module, index)) is not None:
+                return replacement
+    return None
+
+
+def _parents_by_child(root: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
+    """Every submodule in model order, with its parents and its name in each."""
+    parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent in root.modules():
+        for attribute, child in parent._modules.items():
+            if child is not None:
+                parents.setdefault(child, []).append((parent, attribute))
+    return {child: parents[child] for child in root.modules() if child in parents}
+
+
+def _device_of(module: nn.Module) -> torch.device | None:
+    tensor = next(module.parameters(), next(module.buffers(), None))
+    return None if tensor is None else tensor.device
+
+
+def _as_sequence(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimizer]:
+    return (optimizers,) if isinstance(optimizers, Optimizer) else tuple(optimizers)
+
+
+def _update_optimizers(
+    swaps: Iterable[tuple[Iterable[Parameter], Iterable[Parameter]]],
+    optimizers: Sequence[Optimizer],
+    still_in_use: Container[Parameter] = (),
+) -> None:
+    if not optimizers:
+        return
+    homes = {
+        parameter: (optimizer, group)
+        for optimizer in reversed(optimizers)
+        for group in reversed(optimizer.param_groups)
+        for parameter in group["params"]
+    }
+    removed: set[Parameter] = set()
+    without_home = 0
+    for old_params, new_params in swaps:
+        old, new = dict.fromkeys(old_params), dict.fromkeys(new_params)
+        removed.update(parameter for parameter in old if parameter not in new and parameter not in still_in_use)
+        added = [parameter for parameter in new if parameter not in old and parameter not in homes]
+        if not added:
+            continue
+        home = next((homes[parameter] for parameter in old if parameter in homes), None)
+        if home is None:
+            without_home += len(added)
+            home = (optimizers[0], optimizers[0].param_groups[0])
+        _append(home[1], added)
+        homes.update(dict.fromkeys(added, home))
+    if without_home:
+        log.info(
+            "No optimizer holds what %d new parameters belong to (frozen layers, for instance): "
+            "they joined the first parameter group of the first optimizer.",
+            without_home,
+        )
+    _remove(removed, optimizers)
+
+
+def _append(group: dict[str, Any], parameters: list[Parameter]) -> None:
+    # In place: LBFGS holds on to the list.
+    group["params"].extend(parameters)
+    if "param_names" in group:
+        first = len(group["param_names"])
+        group["param_names"].extend(f"new_parameter_{first + i}" for i in range(len(parameters)))
+
+
+def _remove(parameters: set[Parameter], optimizers: Sequence[Optimizer]) -> None:
+    if not parameters:
+        return
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            kept = [i for i, parameter in enumerate(group["params"]) if parameter not in parameters]
+            for key in ("params", "param_names"):
+                if key in group:
+                    group[key][:] = [group[key][i] for i in kept]
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+
+
+def _parameter_names(module: nn.Module) -> dict[Parameter, str]:
+    return {parameter: name for name, parameter in module.named_parameters()}
+
+
+def _rename_in_optimizers(
+    optimizers: Sequence[Optimizer], names_before: dict[Parameter, str], names_after: dict[Parameter, str]
+) -> None:
+    """Gives the entries of ``param_names`` their names in the changed model.
+
+    The optimizer may know the parameters by longer names than the model does, when it was made from an outer module.
+    """
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups if "param_names" in group):
+        known = zip(group["params"], group["param_names"], strict=True)
+        prefixes = {
+            recorded.removesuffix(names_before[parameter])
+            for parameter, recorded in known
+            if parameter in names_before and recorded.endswith(names_before[parameter])
+        }
+        if len(prefixes) == 1:
+            prefix = prefixes.pop()
+            group["param_names"][:] = [
+                prefix + names_after[parameter] if parameter in names_after else recorded
+                for parameter, recorded in zip(group["params"], group["param_names"], strict=True)
+            ]
+
+
+def _find_param_in_optimizer(param: Parameter, optimizer: Optimizer) -> int:
+    """The index of the parameter group that holds ``param``, or -1, under the name that Composer's tests import."""
+    groups = enumerate(optimizer.param_groups)
+    return next((i for i, group in groups if any(param is other for other in group["params"])), -1)
