@@ -132,7 +132,7 @@ class SqueezeExcite2d(nn.Module):
         Returns:
             Tensor of the same shape.
         """
-        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+        if torch.jit.is_scripting():
             return self._plain(input)
         if not self._takes_fast_path(input):
             return self._plain(input)
@@ -228,7 +228,7 @@ class SqueezeExciteConv2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """The conv's output with every map scaled by its gate."""
-        if torch.jit.is_scripting():  # pyright: ignore[reportPrivateImportUsage]
+        if torch.jit.is_scripting():
             return self.se(self.conv(input))
         return self.se(self.conv(input), self._may_overwrite())
 

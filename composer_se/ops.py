@@ -39,7 +39,7 @@ def takes_plain_formula(u: Tensor) -> bool:
     return (
         type(u) is not Tensor
         or torch.compiler.is_compiling()
-        or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

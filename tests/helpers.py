@@ -1,0 +1,47 @@
+"""Small networks and references that several tests use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def plain_gate(u: Tensor, z: Tensor) -> Tensor:
+    """The product as the paper writes it, under plain autograd."""
+    return u * torch.sigmoid(z)[..., None, None]
+
+
+def plain_squeeze_excite(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
+    """The block as the paper writes it, under plain autograd: no biases."""
+    return plain_gate(u, torch.relu(u.mean((-2, -1)) @ w1.T) @ w2.T)
+
+
+def conv_norm_net(channels: tuple[int, ...] = (8, 16, 32), in_channels: int = 3, num_classes: int = 4) -> nn.Sequential:
+    """Conv, batch norm, ReLU(inplace) for every width, then a linear classifier."""
+    layers: list[nn.Module] = []
+    for width in channels:
+        layers += [
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+        ]
+        in_channels = width
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(in_channels, num_classes))
+
+
+def saved_bytes(model: nn.Module, images: Tensor) -> int:
+    """Bytes that one forward pass keeps for backward, storages counted once and parameters not at all."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(images).sum()
+    total = sum(storage.nbytes() for storage in kept.values())
+    loss.backward()
+    return total
