@@ -1,0 +1,41 @@
+# `make train` and `make test` do everything on a machine that has only Python >= 3.10.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# Two workers with one thread each: on two cores a test process with two threads waits for its neighbour.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help train test check format newest-torch clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+train: $(VENV)/recipes.stamp ## make the environment, install, train the digits recipe through the composer launcher
+	$(BIN)/composer -n 1 -m composer_se.train digits
+
+test: $(VENV)/dev.stamp ## make the environment, install, run all tests
+	$(PYTEST) -n 2
+
+check: $(VENV)/dev.stamp ## formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/dev.stamp ## reformat the sources
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/recipes.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[recipes]'
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/recipes.stamp
+
+clean: ## remove the environments and the runs
+	rm -rf $(VENV) .venv-* runs
