@@ -168,9 +168,18 @@ def test_gate_is_in_place_exactly_before_norms() -> None:
     }
 
 
-def test_conv_shared_with_a_parent_without_norm_is_not_gated_in_place() -> None:
+def test_network_without_norms_trains_by_default() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1), nn.ReLU(inplace=True))
+    cf.apply_squeeze_excite(model, 4, 8)
+    train_step(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_conv_shared_with_a_parent_without_norm_is_not_gated_in_place(order) -> None:
     conv = nn.Conv2d(8, 8, 1)
-    model = nn.ModuleList([nn.Sequential(conv, nn.BatchNorm2d(8)), nn.Sequential(conv, nn.ReLU(inplace=True))])
+    parents = [nn.Sequential(conv, nn.BatchNorm2d(8)), nn.Sequential(conv, nn.ReLU(inplace=True))]
+    model = nn.ModuleList(parents[::order])
     (wrapper,) = cf.apply_squeeze_excite(model, 4, 8).values()
     assert not wrapper.followed_by_norm
 

@@ -210,11 +210,13 @@ def test_no_parameter_is_ever_held_twice() -> None:
         assert len(held) == len({id(parameter) for parameter in held})
 
 
-def test_optimizer_that_keeps_the_list_of_parameters_sees_the_new_ones() -> None:
+@pytest.mark.parametrize(("policy", "count"), [(wrap, 6), (anew, 4)])
+def test_optimizer_that_keeps_the_list_of_parameters_sees_the_change(policy, count) -> None:
     model = net()
     optimizer = LBFGS(model.parameters())
-    replace_module_classes(model, {nn.Linear: wrap}, optimizer)
-    assert len(optimizer._params) == 6
+    replace_module_classes(model, {nn.Linear: policy}, optimizer)
+    assert len(optimizer._params) == count
+    assert set(optimizer._params) == set(model.parameters())
 
 
 def test_work_grows_linearly_with_the_number_of_modules() -> None:
