@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import enum
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -22,9 +23,8 @@ def check_arguments(
 ) -> dict[str, Any]:
     """Checks names and types of arguments, and converts values to the annotated types.
 
-    Conversions are those a YAML file needs: a whole number where a float is expected, a number written as a string
-    (YAML reads `1e-4` as one), a list where a tuple is expected, a number where a string is expected, a value of
-    an enumeration by its name.
+    Conversions are those a YAML file needs: a number written as a string (most YAML readers take `1e-4` for one),
+    a list where a tuple is expected, a number where a string is expected, a value of an enumeration by its name.
 
     Args:
         target: The class or function that will be called.
@@ -71,7 +71,11 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
     except UserError:
         raise
     except (ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
-        raise UserError(f"{path}: {one_line(error) or type(error).__name__}") from error
+        message = one_line(error) or type(error).__name__
+        # Where the message begins with the argument it is about, the path goes on to it.
+        argument = next((key for key in kwargs if re.match(rf"`?{re.escape(key)}\b", message)), None)
+        path = f"{path}.{argument}" if argument else path
+        raise UserError(f"{path}: {message}") from error
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -136,7 +140,11 @@ def _convert_union(value: Any, arms: tuple[Any, ...]) -> Any:
     for arm in arms:  # a value that is already of one of the types stays what it is
         if arm is Any or type(value) is exact.get(typing.get_origin(arm) or arm):
             return _convert(value, arm)
-    for arm in arms:
+    # A string is the last resort, and not where a number was meant: 3.5 is no "whole number or string".
+    numeric = any(arm in (int, float) for arm in arms)
+    for arm in sorted(arms, key=lambda arm: arm is str):
+        if arm is str and numeric and not isinstance(value, str):
+            continue
         try:
             return _convert(value, arm)
         except ValueError:
@@ -176,6 +184,8 @@ def _to_int(value: Any) -> int:
 def _to_float(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise ValueError
+    if isinstance(value, int):
+        return value  # an int is a float to Python's type system, and 64 may mean another thing than 64.0
     return float(value)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from composer.utils import dist
@@ -10,6 +9,7 @@ from torch.utils.data import DataLoader
 
 from composer_se.recipe.augmentation import EpochIndexSampler, SeededImages
 from composer_se.recipe.datasets import ImageData
+from composer_se.recipe.ranks import available_cores
 
 __all__ = ["build_dataloader", "default_workers"]
 
@@ -50,5 +50,4 @@ def default_workers(data: ImageData) -> int:
     """None for data in memory, else the cores of this process but one for training itself, at most 16."""
     if not data.needs_workers:
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(16, max(1, cores // dist.get_local_world_size() - 1))
+    return min(16, max(1, available_cores() - 1))

@@ -15,12 +15,18 @@ from composer.utils import dist
 __all__ = ["MetricsFile"]
 
 
+# What Composer logs of the position at the start of a batch; each line has the position at its end.
+_POSITION = frozenset(
+    f"time/{unit}" for unit in ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
+)
+
+
 class MetricsFile(LoggerDestination):
     """Writes one line per training step, per epoch and per evaluation, on rank zero.
 
-    A line is an object with `epoch` (completed epochs), `batch` (completed batches) and every number that was
-    logged since the line before. A number that is not finite is null. When a run resumes, lines from after its
-    checkpoint are dropped, since those steps are trained again.
+    A line is an object with the completed `epoch`s, `batch`es and `sample`s, and every number that was logged since
+    the line before. A number that is not finite is null. When a run resumes, lines from after its checkpoint are
+    dropped, since those steps are trained again.
 
     Args:
         path: The file. Created when training starts.
@@ -39,7 +45,7 @@ class MetricsFile(LoggerDestination):
         """Collects numbers for the next line."""
         for name, value in metrics.items():
             number = _as_number(value)
-            if number is not None:
+            if number is not None and name not in _POSITION:
                 self._pending[name] = number if math.isfinite(number) else None
 
     def fit_start(self, state: State, logger: Logger) -> None:
@@ -63,15 +69,12 @@ class MetricsFile(LoggerDestination):
         """Writes the line of an evaluation."""
         self._write(state)
 
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """Writes what was logged last."""
-        self._write(state)
-
     def _write(self, state: State) -> None:
         pending, self._pending = self._pending, {}
         if dist.get_global_rank() != 0 or not pending:
             return
-        position = {"epoch": int(state.timestamp.epoch), "batch": int(state.timestamp.batch)}
+        time = state.timestamp
+        position = {"epoch": int(time.epoch), "batch": int(time.batch), "sample": int(time.sample)}
         with self.path.open("a") as file:
             file.write(json.dumps(position | pending) + "\n")
 

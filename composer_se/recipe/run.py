@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
     """
     started = time.monotonic()
     loaded = load_recipe(recipe, overrides)
+    ranks.share_cores()
     try:
         return _run(loaded, started)
     except KeyboardInterrupt:
@@ -88,6 +90,8 @@ def _quiet() -> None:
         log.addHandler(handler)
         log.propagate = False
     log.setLevel(logging.INFO if ranks.is_local_rank_zero() else logging.WARNING)
+    # Composer says this of every evaluation set whose last batch is not full.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
 
 
 def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
@@ -228,10 +232,7 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
         "epoch": int(state.timestamp.epoch),
         "batch": int(state.timestamp.batch),
         "sample": int(state.timestamp.sample),
-        "metrics": {
-            "eval": _finite(state.eval_metric_values),
-            "train": _finite(state.train_metric_values),
-        },
+        "metrics": _finite(state.eval_metric_values),
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "squeeze_excite_layers": layers,
         "squeeze_excite_parameters": added,
