@@ -10,12 +10,13 @@ from torch.utils.data import DataLoader
 from composer_se.recipe.augmentation import EpochIndexSampler, SeededImages
 from composer_se.recipe.datasets import ImageData
 from composer_se.recipe.ranks import available_cores
+from composer_se.recipe.streaming_data import StreamedImages
 
 __all__ = ["build_dataloader", "default_workers"]
 
 
 def build_dataloader(
-    data: ImageData, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool
+    data: ImageData | StreamedImages, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool
 ) -> DataLoader:
     """Builds the loader of one split.
 
@@ -29,6 +30,8 @@ def build_dataloader(
     """
     if num_workers is None:
         num_workers = default_workers(data)
+    if isinstance(data, StreamedImages):
+        return data.build(batch_size // dist.get_world_size(), seed, num_workers, pin_memory)
     images = SeededImages(data.images, data.transform, seed)
     if train:
         world_size, rank = dist.get_world_size(), dist.get_global_rank()
@@ -46,8 +49,8 @@ def build_dataloader(
     )
 
 
-def default_workers(data: ImageData) -> int:
+def default_workers(data: ImageData | StreamedImages) -> int:
     """None for data in memory, else the cores of this process but one for training itself, at most 16."""
-    if not data.needs_workers:
+    if isinstance(data, ImageData) and not data.needs_workers:
         return 0
     return min(16, max(1, available_cores() - 1))

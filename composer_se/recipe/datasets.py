@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from composer_se.errors import UserError
 from composer_se.recipe import transforms
 from composer_se.recipe.messages import did_you_mean, one_line
+from composer_se.recipe.streaming_data import StreamedImages, streaming
 
 __all__ = ["DATASETS", "ImageData", "dataset_builder"]
 
@@ -137,25 +138,25 @@ def synthetic(
     return ImageData(images, None, needs_workers=False)
 
 
-DATASETS: dict[str, Callable[..., ImageData]] = {
+DATASETS: dict[str, Callable[..., ImageData | StreamedImages]] = {
     "digits": digits,
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "imagenet": imagenet,
+    "streaming": streaming,
     "synthetic": synthetic,
 }
 
 
-def dataset_builder(name: str, path: str) -> Callable[..., ImageData]:
+def dataset_builder(name: str, path: str) -> Callable[..., ImageData | StreamedImages]:
     """The function behind a data set's name.
 
     Raises:
         UserError: Unknown name.
     """
     if name not in DATASETS:
-        known = [*DATASETS, "streaming"]
-        raise UserError(f"{path}: unknown data set {name!r}{did_you_mean(name, known)}")
+        raise UserError(f"{path}: unknown data set {name!r}{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
 
 

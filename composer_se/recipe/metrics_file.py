@@ -17,7 +17,8 @@ __all__ = ["MetricsFile"]
 
 # What Composer logs of the position at the start of a batch; each line has the position at its end.
 _POSITION = frozenset(
-    f"time/{unit}" for unit in ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
+    f"time/{unit}"
+    for unit in ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
 )
 
 

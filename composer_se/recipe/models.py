@@ -85,7 +85,7 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
 
 
 def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
-    """torchvision's builders pass `**kwargs` on to a class; here both signatures are joined into one."""
+    """Torchvision's builders pass `**kwargs` on to a class; here both signatures are joined into one."""
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)

@@ -194,7 +194,8 @@ def _check_files(recipe: Recipe) -> None:
             folder = Path(section.get("root", "imagenet")) / ("train" if path == "train_dataset" else "val")
             if not folder.is_dir():
                 raise UserError(
-                    f"{path}.root: the folder {str(folder)!r} does not exist; it should hold one folder of images per class"
+                    f"{path}.root: the folder {str(folder)!r} does not exist; "
+                    "it should hold one folder of images per class"
                 )
     if recipe.load_path and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
         raise UserError(f"load_path: the file {recipe.load_path!r} does not exist")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -31,6 +32,8 @@ def leave_together(message: str) -> None:
     is still there after a while had a fault of its own, and says so.
     """
     if not is_local_rank_zero():
+        # Composer's handler would turn the launcher's SIGTERM into an exit code, which the launcher would report.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE_SECONDS)
     print(message, file=sys.stderr, flush=True)
 

@@ -120,8 +120,8 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     from composer.models import ComposerClassifier
     from composer.utils import reproducibility
 
-    from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.messages import one_line
+    from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.run_folder import metrics_file, write_recipe
     from composer_se.recipe.schema import TRAINER_KEYS
 

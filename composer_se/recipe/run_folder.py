@@ -1,9 +1,9 @@
 """What a run leaves behind, and what it means for the next run of the same name.
 
-    RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
-    RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
-    RUN_FOLDER/summary.json    written when the run is complete
-    SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
+RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
+RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
+RUN_FOLDER/summary.json    written when the run is complete
+SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
 """
 
 from __future__ import annotations

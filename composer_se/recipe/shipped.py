@@ -42,6 +42,4 @@ def find_recipe(recipe: str) -> Path:
         raise UserError(f"recipe {recipe!r} is a folder; give the path of a YAML file")
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise UserError(f"recipe file {recipe!r} does not exist{did_you_mean(path.stem, shipped)}")
-    raise UserError(
-        f"recipe {recipe!r} is neither a file nor a shipped recipe{did_you_mean(recipe, shipped)}"
-    )
+    raise UserError(f"recipe {recipe!r} is neither a file nor a shipped recipe{did_you_mean(recipe, shipped)}")

@@ -22,7 +22,9 @@ _CIFAR_STATISTICS = {
 
 def digits_transform(train: bool) -> Callable[[Any], Any]:
     """Small rotations, shifts and scalings; no flips, which would turn a digit into none."""
-    steps = [v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)]
+    steps = [
+        v2.RandomAffine([-10, 10], translate=(0.1, 0.1), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR)
+    ]
     return _to_tensor(steps if train else [], (0.3053,), (0.3760,))
 
 
