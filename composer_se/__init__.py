@@ -6,13 +6,13 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from composer_se import functional, surgery
-from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
-from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
 from composer_se.on_composer_import import register_algorithm
 
 if TYPE_CHECKING:
+    from composer_se import functional, surgery
     from composer_se.algorithm import SqueezeExcite
+    from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
+    from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
 
 __all__ = [
     "SqueezeExcite",
@@ -28,15 +28,25 @@ __version__ = "0.1.0"
 
 register_algorithm()
 
-_NEEDS_COMPOSER = {"SqueezeExcite": "composer_se.algorithm"}
+# Imported when first used. Importing torch takes seconds, and the commands both refuse a wrong recipe before that and
+# set how torch waits for its threads, which it reads when it is imported.
+_MODULES = {
+    "SqueezeExcite": "composer_se.algorithm",
+    "SqueezeExcite2d": "composer_se.modules",
+    "SqueezeExciteConv2d": "composer_se.modules",
+    "apply_squeeze_excite": "composer_se.functional",
+    "remove_squeeze_excite": "composer_se.functional",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEEDS_COMPOSER:
+    if name in ("functional", "surgery"):
+        return importlib.import_module(f"composer_se.{name}")
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if importlib.util.find_spec("composer") is None:
+    if name == "SqueezeExcite" and importlib.util.find_spec("composer") is None:
         raise ImportError(
             f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install mosaicml. "
             "composer_se.apply_squeeze_excite works without it."
         )
-    return getattr(importlib.import_module(_NEEDS_COMPOSER[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

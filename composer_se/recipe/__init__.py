@@ -1,0 +1,1 @@
+"""Recipes: YAML files that describe one training run, from the file on disk to the Trainer."""

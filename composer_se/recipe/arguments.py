@@ -1,0 +1,226 @@
+"""Checks the arguments of a component against the signature of what will be called with them."""
+
+from __future__ import annotations
+
+import collections.abc
+import enum
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from composer_se.errors import UserError
+from composer_se.recipe.messages import did_you_mean, one_line
+
+__all__ = ["check_arguments", "construct"]
+
+
+def check_arguments(
+    target: Callable[..., Any], given: Mapping[str, Any], path: str, supplied: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """Checks names and types of arguments, and converts values to the annotated types.
+
+    Conversions are those a YAML file needs: a number written as a string (most YAML readers take `1e-4` for one),
+    a list where a tuple is expected, a number where a string is expected, a value of an enumeration by its name.
+
+    Args:
+        target: The class or function that will be called.
+        given: Arguments by name.
+        path: The key path of the arguments' section, for the messages.
+        supplied: Names that the caller fills in and the user must not.
+
+    Returns:
+        The converted arguments.
+
+    Raises:
+        UserError: A name is unknown, a required one is missing, or a value can't be converted.
+    """
+    parameters = _parameters(target)
+    named = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in supplied
+    }
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    hints = _hints(target)
+    converted = {}
+    for name, value in given.items():
+        if name not in named and (not takes_any or name in supplied):
+            raise UserError(f"{path}.{name}: unknown argument of {_name(target)}{did_you_mean(name, named)}")
+        hint = hints.get(name, Any)
+        try:
+            converted[name] = _convert(value, hint)
+        except ValueError:
+            raise UserError(f"{path}.{name}: expected {_spell(hint)}, got {value!r}") from None
+    for name, parameter in named.items():
+        if parameter.default is parameter.empty and name not in given:
+            raise UserError(f"{path}.{name}: required by {_name(target)}, but the recipe doesn't set it")
+        # torch marks required arguments of optimizers by a sentinel default.
+        if repr(parameter.default) == "<required parameter>" and name not in given:
+            raise UserError(f"{path}.{name}: required by {_name(target)}, but the recipe doesn't set it")
+    return converted
+
+
+def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Calls `target`, turning its complaint about a value into a `UserError` that names the key path."""
+    try:
+        return target(*args, **kwargs)
+    except UserError:
+        raise
+    except (ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
+        message = one_line(error) or type(error).__name__
+        # Where the message begins with the argument it is about, the path goes on to it.
+        argument = next((key for key in kwargs if re.match(rf"`?{re.escape(key)}\b", message)), None)
+        path = f"{path}.{argument}" if argument else path
+        raise UserError(f"{path}: {message}") from error
+
+
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    if inspect.isclass(target) and _inherits_catch_all(target):
+        return {}
+    return inspect.signature(target).parameters
+
+
+def _inherits_catch_all(cls: type) -> bool:
+    """Composer's Callback takes any arguments and ignores them; a subclass without a constructor takes none."""
+    owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
+    parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
+    return owner is not cls and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+
+def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+    function = target.__init__ if inspect.isclass(target) else target
+    try:
+        return typing.get_type_hints(function)
+    except (NameError, TypeError):  # annotations that name what is imported for type checkers only
+        return {}
+
+
+def _name(target: Callable[..., Any]) -> str:
+    return getattr(target, "__name__", str(target))
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """The value as the hinted type; ValueError where there is no faithful conversion."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(value, typing.get_args(hint))
+    if origin is typing.Literal:
+        if value in typing.get_args(hint):
+            return value
+        raise ValueError
+    plain = origin or hint
+    if plain in _SCALARS:
+        return _SCALARS[plain](value)
+    if plain is Path:
+        return Path(_to_str(value))
+    if plain in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
+        return _convert_sequence(value, plain, typing.get_args(hint))
+    if plain in (dict, collections.abc.Mapping):
+        if isinstance(value, dict):
+            return value
+        raise ValueError
+    if inspect.isclass(plain) and issubclass(plain, enum.Enum):
+        return plain(value)
+    if inspect.isclass(plain) and plain is not object:
+        # A class that YAML can't write, such as a Tensor or an object store.
+        if isinstance(value, plain):
+            return value
+        raise ValueError
+    if plain is collections.abc.Callable:
+        raise ValueError
+    return value  # Any, a type variable: the constructor decides
+
+
+def _convert_union(value: Any, arms: tuple[Any, ...]) -> Any:
+    exact = {bool: bool, int: int, float: float, str: str, type(None): type(None), list: list, dict: dict}
+    for arm in arms:  # a value that is already of one of the types stays what it is
+        if arm is Any or type(value) is exact.get(typing.get_origin(arm) or arm):
+            return _convert(value, arm)
+    # A string is the last resort, and not where a number was meant: 3.5 is no "whole number or string".
+    numeric = any(arm in (int, float) for arm in arms)
+    for arm in sorted(arms, key=lambda arm: arm is str):
+        if arm is str and numeric and not isinstance(value, str):
+            continue
+        try:
+            return _convert(value, arm)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _convert_sequence(value: Any, plain: Any, arms: tuple[Any, ...]) -> Any:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError
+    if plain is tuple and arms and arms[-1] is not Ellipsis:
+        if len(arms) != len(value):
+            raise ValueError
+        return tuple(_convert(item, arm) for item, arm in zip(value, arms, strict=True))
+    items = [_convert(item, arms[0] if arms else Any) for item in value]
+    return tuple(items) if plain is tuple else items
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise ValueError
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool):
+        raise ValueError
+    if isinstance(value, int):
+        return value
+    if isinstance(value, (float, str)):
+        number = float(value)
+        if number.is_integer():
+            return int(number)
+    raise ValueError
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    if isinstance(value, int):
+        return value  # an int is a float to Python's type system, and 64 may mean another thing than 64.0
+    return float(value)
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise ValueError
+    return str(value)
+
+
+def _to_none(value: Any) -> None:
+    if value is not None:
+        raise ValueError
+
+
+_SCALARS: dict[Any, Callable[[Any], Any]] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    type(None): _to_none,
+}
+
+
+def _spell(hint: Any) -> str:
+    """A type as a user would name it."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_spell(arm) for arm in typing.get_args(hint)))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
+    if inspect.isclass(hint) and issubclass(hint, enum.Enum):
+        return "one of " + ", ".join(repr(member.value) for member in hint)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "a string", type(None): "null"}
+    names |= {tuple: "a list", list: "a list", dict: "a mapping"}
+    plain = origin or hint
+    if plain is tuple and Ellipsis not in typing.get_args(hint) and typing.get_args(hint):
+        return f"a list of {len(typing.get_args(hint))}"
+    return names.get(plain, getattr(plain, "__name__", str(plain)))

@@ -1,0 +1,134 @@
+"""Reads a recipe: the YAML file, the overrides of the command line, the schema."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from composer_se.errors import UserError
+from composer_se.recipe.messages import did_you_mean, one_line
+from composer_se.recipe.schema import COMPONENT_SECTIONS, NAMED_SECTIONS, Recipe
+from composer_se.recipe.shipped import find_recipe
+
+__all__ = ["as_yaml", "load_recipe"]
+
+_KEYS = [key.name for key in dataclasses.fields(Recipe)]
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe and checks it against the schema.
+
+    Args:
+        recipe: The path of a YAML file, or the name of a shipped recipe.
+        overrides: `dotted.key=value` strings, applied in order; the value is YAML, and a mapping replaces what
+            the recipe has there instead of being merged into it.
+
+    Returns:
+        The recipe with defaults filled in and every `${...}` resolved.
+
+    Raises:
+        UserError: The file is missing or no YAML, a key is unknown or missing, or a value has the wrong type.
+    """
+    path = find_recipe(recipe)
+    config = OmegaConf.structured(Recipe)
+    try:
+        config = cast(DictConfig, OmegaConf.merge(config, _read(path)))
+        for override in overrides:
+            _apply(config, override)
+        if OmegaConf.is_missing(config, "run_name"):
+            config.run_name = path.stem
+        OmegaConf.resolve(config)
+        loaded = cast(Recipe, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        raise UserError(_explain(error)) from error
+    _check_shape(loaded)
+    return loaded
+
+
+def as_yaml(recipe: Recipe) -> str:
+    """The resolved recipe as a YAML file that can be run again."""
+    return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise UserError(f"{path}: no valid YAML: {where}{one_line(error.problem or error)}") from error
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: can't be read: {one_line(error)}") from error
+    if isinstance(content, ListConfig) or not content:
+        raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(NAMED_SECTIONS)}, ...")
+    return cast(DictConfig, content)
+
+
+def _apply(config: DictConfig, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key.strip():
+        raise UserError(f"override {override!r} is not of the form key=value (for example seed=1)")
+    try:
+        # OmegaConf's own loader, so that 1e-4 is a number here as it is in a recipe file.
+        value = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''").value
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: {text!r} is no valid YAML") from error
+    OmegaConf.update(config, key.strip(), value, merge=False)
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    """One line for an error of OmegaConf, naming the key by its full path."""
+    key = error.full_key or (str(error.key) if error.key is not None else "recipe")
+    problem = one_line(str(error.msg or error).split("\n")[0])
+    if isinstance(error, ConfigKeyError) and "." not in key:
+        return f"{key}: unknown key{did_you_mean(key, _KEYS)}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: required, but the recipe doesn't set it"
+    if isinstance(error, InterpolationKeyError):
+        return f"{key}: {problem}"
+    if isinstance(error, ValidationError):
+        return f"{key}: {problem}"
+    return f"{key}: {problem}"
+
+
+def _check_shape(recipe: Recipe) -> None:
+    """Checks what the types of the schema leave open: the insides of the sections."""
+    missing = [key for key in _KEYS if _is_missing(getattr(recipe, key))]
+    if missing:
+        raise UserError(f"{missing[0]}: required, but the recipe doesn't set it")
+    for section in NAMED_SECTIONS:
+        content = getattr(recipe, section)
+        if content is None:
+            continue
+        if not isinstance(content.get("name"), str):
+            raise UserError(f"{section}.name: required: a name of a {section.replace('_', ' ')}")
+    for section in COMPONENT_SECTIONS:
+        for name, arguments in (getattr(recipe, section) or {}).items():
+            if arguments is not None and not isinstance(arguments, dict):
+                raise UserError(
+                    f"{section}.{name}: expected a mapping of its arguments ({{}} for none, null to remove it), "
+                    f"got {arguments!r}"
+                )
+            nested = _find_missing(arguments or {}, f"{section}.{name}")
+            if nested:
+                raise UserError(f"{nested}: required, but the recipe doesn't set it")
+
+
+def _find_missing(content: dict[str, Any], path: str) -> str | None:
+    return next((f"{path}.{key}" for key, value in content.items() if _is_missing(value)), None)
+
+
+def _is_missing(value: Any) -> bool:
+    return isinstance(value, str) and value == "???"

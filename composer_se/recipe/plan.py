@@ -1,0 +1,201 @@
+"""Checks a recipe beyond its schema, and turns it into a plan: which class will be called with what.
+
+Nothing is built here: no weights, no data, no file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from composer_se.errors import UserError
+from composer_se.recipe.arguments import check_arguments, construct
+from composer_se.recipe.datasets import dataset_builder
+from composer_se.recipe.messages import did_you_mean
+from composer_se.recipe.models import network_builder
+from composer_se.recipe.registry import resolve
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["Component", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something to call once everything is checked.
+
+    Attributes:
+        path: Where the recipe asks for it.
+        target: The class or function.
+        arguments: Its checked arguments.
+    """
+
+    path: str
+    target: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the target; a value it rejects becomes a `UserError` that names the path."""
+        return construct(self.target, self.path, *args, **kwargs, **self.arguments)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A data set and how it is loaded."""
+
+    images: Component
+    num_workers: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All components of a run."""
+
+    model: Component
+    train_data: DataPlan
+    eval_data: DataPlan | None
+    optimizer: Component
+    scheduler: Component | None
+    algorithms: list[Component] = field(default_factory=list)
+    callbacks: list[Component] = field(default_factory=list)
+    loggers: list[Component] = field(default_factory=list)
+
+
+def make_plan(recipe: Recipe) -> Plan:
+    """Checks a recipe and says what it will build.
+
+    Raises:
+        UserError: Naming the key by its full path.
+    """
+    _check_batch_sizes(recipe)
+    _check_machine(recipe)
+    _check_durations(recipe)
+    plan = Plan(
+        model=_plan_model(recipe.model),
+        train_data=_plan_data("train_dataset", recipe.train_dataset),
+        eval_data=_plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
+        optimizer=_plan_named("optimizer", recipe.optimizer, supplied=("params",)),
+        scheduler=_plan_named("scheduler", recipe.scheduler) if recipe.scheduler else None,
+        algorithms=_plan_section("algorithms", recipe.algorithms),
+        callbacks=_plan_section("callbacks", recipe.callbacks),
+        loggers=_plan_section("loggers", recipe.loggers),
+    )
+    _check_files(recipe)
+    return plan
+
+
+def _plan_model(section: dict[str, Any]) -> Component:
+    builder = network_builder(section["name"])
+    return Component("model", builder, check_arguments(builder, _without(section, "name"), "model"))
+
+
+def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+    builder = dataset_builder(section["name"], f"{path}.name")
+    loader = check_arguments(_loader_arguments, {k: v for k, v in section.items() if k in _LOADER_KEYS}, path)
+    arguments = _without(section, "name", *_LOADER_KEYS)
+    checked = check_arguments(builder, arguments, path, supplied=("train",))
+    num_workers = loader.get("num_workers")
+    if num_workers is not None and num_workers < 0:
+        raise UserError(f"{path}.num_workers: expected 0 or more, got {num_workers}")
+    return DataPlan(Component(path, builder, checked), num_workers)
+
+
+def _loader_arguments(num_workers: int | None = None) -> None:
+    """The signature of what every data set takes beside its own arguments."""
+
+
+_LOADER_KEYS = ("num_workers",)
+
+
+def _plan_named(section: str, content: dict[str, Any], supplied: tuple[str, ...] = ()) -> Component:
+    target = resolve(section, content["name"], f"{section}.name")
+    return Component(section, target, check_arguments(target, _without(content, "name"), section, supplied))
+
+
+def _plan_section(section: str, content: dict[str, Any] | None) -> list[Component]:
+    planned = []
+    for name, arguments in (content or {}).items():
+        path = f"{section}.{name}"
+        target = resolve(section, name, path)
+        if arguments is not None:  # null removes a component, but its name is still checked
+            planned.append(Component(path, target, check_arguments(target, arguments, path)))
+    return planned
+
+
+def _without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _check_batch_sizes(recipe: Recipe) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("train_batch_size", "eval_batch_size"):
+        batch_size = getattr(recipe, key)
+        if batch_size < 1:
+            raise UserError(f"{key}: expected 1 or more, got {batch_size}")
+        if batch_size % world_size:
+            nearest = max(world_size, round(batch_size / world_size) * world_size)
+            raise UserError(
+                f"{key}: the global batch of {batch_size} can't be divided among {world_size} processes; "
+                f"set {key}={nearest}, say"
+            )
+
+
+def _check_machine(recipe: Recipe) -> None:
+    import torch
+    from composer.core import Precision
+
+    devices = ("cpu", "gpu", "mps", "tpu")
+    if recipe.device not in (None, *devices):
+        raise UserError(f"device: unknown device {recipe.device!r}{did_you_mean(str(recipe.device), devices)}")
+    has_gpu = torch.cuda.is_available()
+    if recipe.device == "gpu" and not has_gpu:
+        raise UserError("device: gpu, but torch sees no CUDA device here; leave device out or set device=cpu")
+    on_gpu = has_gpu and recipe.device in (None, "gpu")
+
+    size = recipe.device_train_microbatch_size
+    if isinstance(size, str) and size != "auto":
+        raise UserError(f"device_train_microbatch_size: expected a whole number or auto, got {size!r}")
+    if size == "auto" and not on_gpu:
+        raise UserError("device_train_microbatch_size: auto needs a GPU; set a number, or null for no splitting")
+    if isinstance(size, int | float) and size <= 0:
+        raise UserError(f"device_train_microbatch_size: expected more than 0, got {size}")
+
+    precisions = [precision.value for precision in Precision]
+    if recipe.precision not in (None, *precisions):
+        raise UserError(
+            f"precision: unknown precision {recipe.precision!r}{did_you_mean(str(recipe.precision), precisions)}"
+        )
+    on_cpu = recipe.device == "cpu" or (recipe.device is None and not has_gpu)
+    if recipe.precision not in (None, "fp32") and on_cpu:
+        raise UserError(f"precision: Composer trains in fp32 on a CPU, not in {recipe.precision}; set precision=fp32")
+
+
+def _check_durations(recipe: Recipe) -> None:
+    from composer.core import Time, TimeUnit
+
+    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
+        value = getattr(recipe, key)
+        try:
+            time = Time.from_input(value, TimeUnit.EPOCH)
+        except (ValueError, RuntimeError, TypeError) as error:
+            raise UserError(f"{key}: expected a duration such as 90ep or 1000ba, got {value!r}") from error
+        if key == "max_duration" and time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
+            raise UserError(f"{key}: expected epochs, batches or samples (90ep, 1000ba, 100000sp), got {value!r}")
+        if time.value <= 0 and key != "eval_interval":
+            raise UserError(f"{key}: expected more than 0, got {value!r}")
+
+
+def _check_files(recipe: Recipe) -> None:
+    for path in ("train_dataset", "eval_dataset"):
+        section = getattr(recipe, path)
+        if section and section["name"] == "imagenet":
+            folder = Path(section.get("root", "imagenet")) / ("train" if path == "train_dataset" else "val")
+            if not folder.is_dir():
+                raise UserError(
+                    f"{path}.root: the folder {str(folder)!r} does not exist; "
+                    "it should hold one folder of images per class"
+                )
+    if recipe.load_path and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
+        raise UserError(f"load_path: the file {recipe.load_path!r} does not exist")

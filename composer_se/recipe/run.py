@@ -1,0 +1,251 @@
+"""One training run, from the name of a recipe to the table at its end."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import shutil
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer_se.errors import UserError
+from composer_se.recipe import ranks
+from composer_se.recipe.load import load_recipe
+
+if TYPE_CHECKING:
+    from composer import Trainer
+
+    from composer_se.recipe.metrics_file import MetricsFile
+    from composer_se.recipe.plan import Component, DataPlan, Plan
+    from composer_se.recipe.schema import Recipe
+
+__all__ = ["run_recipe"]
+
+
+def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
+    """Trains a recipe, in this process and its siblings under the launcher.
+
+    A run that was killed continues from its last checkpoint. A run that is complete is left alone: its summary is
+    shown again.
+
+    Args:
+        recipe: The path of a YAML file, or the name of a shipped recipe.
+        overrides: `dotted.key=value` strings.
+
+    Returns:
+        The exit code: 0 when the run is complete (now or already before), 130 or 143 when it was interrupted.
+
+    Raises:
+        UserError: The recipe is wrong, or the run folder belongs to another recipe. Nothing was written.
+    """
+    started = time.monotonic()
+    loaded = load_recipe(recipe, overrides)
+    ranks.share_cores()
+    try:
+        return _run(loaded, started)
+    except KeyboardInterrupt:
+        code = 130
+    except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into these
+        if stop.code not in (130, 143):
+            raise
+        code = int(stop.code)
+    ranks.say(f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint")
+    return code
+
+
+def _run(recipe: Recipe, started: float) -> int:
+    _quiet()
+    from composer_se.recipe.plan import make_plan
+
+    plan = make_plan(recipe)
+    finished = _agree_on_run_folder(recipe)
+    if finished:
+        _show_finished(recipe, finished)
+        return 0
+    trainer, metrics = _build(recipe, plan)
+    _show_start(recipe, trainer)
+    trainer.fit()
+    summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
+    trainer.close()
+    if _is_global_rank_zero():
+        from composer_se.recipe.report import print_summary
+        from composer_se.recipe.run_folder import write_summary
+
+        write_summary(recipe, summary)
+        print_summary(summary)
+    return 0
+
+
+def _quiet() -> None:
+    """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
+    log = logging.getLogger("composer_se")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
+    log.setLevel(logging.INFO if ranks.is_local_rank_zero() else logging.WARNING)
+    # Composer says this of every evaluation set whose last batch is not full.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+
+
+def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
+    """Rank zero, which alone must see the run folder, decides for all whether there is something to train."""
+    from composer.utils import dist
+
+    from composer_se.recipe.run_folder import check_unchanged, read_finished
+
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(recipe.device, recipe.dist_timeout)
+    decision: list[Any] = [None, None]
+    if _is_global_rank_zero():
+        try:
+            check_unchanged(recipe)
+            decision[0] = read_finished(recipe)
+        except UserError as error:
+            decision[1] = str(error)
+    dist.broadcast_object_list(decision)
+    if decision[1]:
+        raise UserError(decision[1])
+    return decision[0]
+
+
+def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
+    from composer import Trainer
+    from composer.models import ComposerClassifier
+    from composer.utils import reproducibility
+
+    from composer_se.recipe.messages import one_line
+    from composer_se.recipe.metrics_file import MetricsFile
+    from composer_se.recipe.run_folder import metrics_file, write_recipe
+    from composer_se.recipe.schema import TRAINER_KEYS
+
+    algorithms = [component.build() for component in plan.algorithms]
+    callbacks = [component.build() for component in plan.callbacks]
+    loggers = [component.build() for component in plan.loggers]
+    scheduler = plan.scheduler.build() if plan.scheduler else None
+    reproducibility.seed_all(recipe.seed)  # the same initial weights on every rank
+    network = plan.model.build()
+    optimizer = plan.optimizer.build(network.parameters())
+    train_loader, eval_loader = _build_data(recipe, plan)
+
+    metrics = MetricsFile(metrics_file(recipe))
+    folder_is_new = not Path(recipe.run_folder).exists()
+    try:
+        trainer = Trainer(
+            model=ComposerClassifier(network, num_classes=_num_classes(network, plan)),
+            train_dataloader=train_loader,
+            eval_dataloader=eval_loader,
+            optimizers=optimizer,
+            schedulers=scheduler,
+            algorithms=algorithms,
+            callbacks=callbacks,
+            loggers=[*loggers, metrics],
+            autoresume=True,
+            save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
+            **{key: getattr(recipe, key) for key in TRAINER_KEYS},
+        )
+    except (ValueError, TypeError) as error:
+        component = _component_at_fault(error, algorithms, plan)
+        if component is None:
+            raise
+        if folder_is_new and _is_global_rank_zero():
+            shutil.rmtree(recipe.run_folder, ignore_errors=True)
+        raise UserError(f"{component.path}: {one_line(error)}") from error
+    if _is_global_rank_zero():
+        write_recipe(recipe)
+    return trainer, metrics
+
+
+def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
+    import torch
+    from composer.utils import dist
+
+    from composer_se.recipe.dataloaders import build_dataloader
+
+    def build(data: DataPlan, batch_size: int, train: bool) -> Any:
+        images = data.images.build(train=train)
+        return build_dataloader(images, batch_size, recipe.seed, train, data.num_workers, pin_memory)
+
+    pin_memory = torch.cuda.is_available() and recipe.device in (None, "gpu")
+    with dist.run_local_rank_zero_first():  # so that one process of each node downloads
+        train_loader = build(plan.train_data, recipe.train_batch_size, train=True)
+        eval_loader = build(plan.eval_data, recipe.eval_batch_size, train=False) if plan.eval_data else None
+    if len(train_loader) == 0:
+        raise UserError(
+            f"train_batch_size: the training data has fewer than {recipe.train_batch_size} images; "
+            "set a smaller train_batch_size"
+        )
+    return train_loader, eval_loader
+
+
+def _num_classes(network: Any, plan: Plan) -> int | None:
+    """The number of outputs: the network's own word, the recipe's, or the default of the network's builder."""
+    if hasattr(network, "num_classes"):
+        return None  # ComposerClassifier asks the network
+    default = inspect.signature(plan.model.target).parameters["num_classes"].default
+    return plan.model.arguments.get("num_classes", default)
+
+
+def _component_at_fault(error: Exception, algorithms: list[Any], plan: Plan) -> Component | None:
+    """The algorithm whose `apply` rejected the recipe's network, if the error comes from one."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for algorithm, component in zip(algorithms, plan.algorithms, strict=True):
+            if frame.f_locals.get("self") is algorithm and frame.f_code.co_name == "apply":
+                return component
+    return None
+
+
+def _show_start(recipe: Recipe, trainer: Trainer) -> None:
+    timestamp = trainer.state.timestamp
+    if int(timestamp.batch):
+        ranks.say(
+            f"continuing {recipe.run_folder} from its checkpoint of epoch {int(timestamp.epoch)}, "
+            f"batch {int(timestamp.batch)}"
+        )
+
+
+def _show_finished(recipe: Recipe, summary: dict[str, Any]) -> None:
+    from composer_se.recipe.report import print_summary
+
+    if ranks.is_local_rank_zero():
+        print_summary(summary)
+    ranks.say(
+        f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
+        "or start anew under another name with run_name=..."
+    )
+
+
+def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: float) -> dict[str, Any]:
+    state = trainer.state
+    layers = metrics.hyperparameters.get("squeeze_excite/num_squeeze_excite_layers", 0)
+    added = metrics.hyperparameters.get("squeeze_excite/num_added_parameters", 0)
+    return {
+        "run_name": recipe.run_name,
+        "run_folder": recipe.run_folder,
+        "max_duration": recipe.max_duration,
+        "epoch": int(state.timestamp.epoch),
+        "batch": int(state.timestamp.batch),
+        "sample": int(state.timestamp.sample),
+        "metrics": _finite(state.eval_metric_values),
+        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "squeeze_excite_layers": layers,
+        "squeeze_excite_parameters": added,
+        "wall_seconds": round(seconds, 2),
+    }
+
+
+def _finite(values: dict[str, Any]) -> dict[str, float | None]:
+    numbers = {name: float(value) for name, value in values.items()}
+    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
+
+
+def _is_global_rank_zero() -> bool:
+    from composer.utils import dist
+
+    return dist.get_global_rank() == 0

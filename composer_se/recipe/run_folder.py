@@ -1,0 +1,131 @@
+"""What a run leaves behind, and what it means for the next run of the same name.
+
+RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
+RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
+RUN_FOLDER/summary.json    written when the run is complete
+SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from composer_se.errors import UserError
+from composer_se.recipe.load import as_yaml
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["check_unchanged", "metrics_file", "read_finished", "write_recipe", "write_summary"]
+
+# Keys (with everything below them) that a resumed run may change: they move or watch the run, not its weights.
+_MAY_CHANGE = (
+    "max_duration",
+    "run_folder",
+    "save_folder",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+    "eval_dataset",
+    "eval_batch_size",
+    "eval_interval",
+    "eval_subset_num_batches",
+    "callbacks",
+    "loggers",
+    "device",
+    "device_train_microbatch_size",
+    "dist_timeout",
+    "ddp_sync_strategy",
+    "compile_config",
+    "load_path",
+    "load_weights_only",
+    "load_strict_model_weights",
+    "load_ignore_keys",
+    "load_exclude_algorithms",
+    "progress_bar",
+    "log_to_console",
+    "console_log_interval",
+    "python_log_level",
+    "train_dataset.num_workers",
+    "train_dataset.root",
+)
+
+
+def metrics_file(recipe: Recipe) -> Path:
+    """The path of the run's metrics."""
+    return Path(recipe.run_folder) / "metrics.jsonl"
+
+
+def read_finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The summary of the run if it is complete, as far as this recipe asks; None otherwise."""
+    from composer.core import Time, TimeUnit
+
+    path = Path(recipe.run_folder) / "summary.json"
+    if not path.is_file():
+        return None
+    summary = json.loads(path.read_text())
+    if str(summary["max_duration"]) == str(recipe.max_duration):  # also when a callback stopped it early
+        return summary
+    wanted = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
+    reached = {"ep": summary["epoch"], "ba": summary["batch"], "sp": summary["sample"]}
+    return summary if reached.get(wanted.unit.value, 0) >= wanted.value else None
+
+
+def check_unchanged(recipe: Recipe) -> None:
+    """Refuses to continue a run with a recipe that would have led elsewhere.
+
+    Raises:
+        UserError: The run has a checkpoint, and its recipe differs in a key that matters.
+    """
+    path = Path(recipe.run_folder) / "recipe.yaml"
+    if not path.is_file() or not _may_have_checkpoint(recipe):
+        return
+    before = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
+    now = _flatten(dataclasses.asdict(recipe))
+    changed = [
+        key
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not any(_is_under(key, free) for free in _MAY_CHANGE)
+    ]
+    if changed:
+        described = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
+        raise UserError(
+            f"run_name: {recipe.run_folder} holds a run of another recipe, which can't be continued with this one: "
+            f"{described}; choose another name (run_name=...) or delete the folder"
+        )
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Writes the resolved recipe. For rank zero."""
+    folder = Path(recipe.run_folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(as_yaml(recipe))
+
+
+def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
+    """Marks the run as complete. For rank zero."""
+    temporary = Path(recipe.run_folder) / "summary.json.tmp"
+    temporary.write_text(json.dumps(summary, indent=2) + "\n")
+    temporary.replace(temporary.with_suffix(""))
+
+
+def _may_have_checkpoint(recipe: Recipe) -> bool:
+    if "://" in recipe.save_folder:
+        return True
+    return any(Path(recipe.save_folder).glob("latest-rank*.pt"))
+
+
+def _flatten(content: Any, path: str = "") -> dict[str, Any]:
+    """Leaves by dotted path. An empty mapping is a leaf; a missing key and null are the same."""
+    if not isinstance(content, dict) or (path and not content):
+        return {} if content is None else {path: content}
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat.update(_flatten(value, f"{path}.{key}" if path else str(key)))
+    return flat
+
+
+def _is_under(key: str, ancestor: str) -> bool:
+    return key == ancestor or key.startswith(ancestor + ".")

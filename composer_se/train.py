@@ -1,0 +1,36 @@
+"""Trains a recipe: `composer -n N -m composer_se.train RECIPE [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from composer_se.commands import train as command
+from composer_se.errors import UserError
+from composer_se.recipe import ranks
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one process of a launch.
+
+    Args:
+        argv: Arguments without the program's name. Default: those of the process.
+
+    Returns:
+        The exit code: 0, or 2 when the user's input was wrong.
+    """
+    parser = argparse.ArgumentParser(prog="composer -m composer_se.train", description=command.__doc__)
+    command.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return command.run(args)
+    except UserError as error:
+        ranks.leave_together(f"composer_se.train: error: {error}")
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
