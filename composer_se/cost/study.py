@@ -20,6 +20,9 @@ from composer_se.errors import UserError
 
 __all__ = ["Settings", "Study", "measure"]
 
+# Load average per CPU from which on the machine is called busy.
+BUSY = 0.5
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,7 +64,7 @@ class Study:
         settings: What was asked.
         machine: Where it was measured.
         variants: The plain network first.
-        notes: A line for each setting that was left out.
+        notes: A line for each setting that was left out, and one if the machine was busy.
         counts: Per variant.
         seconds: Per kind of step ("training step", "inference, batch 1", …), per variant, per instance, one time for
             each round.
@@ -125,6 +128,11 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
         settings.squeeze_excite,
         against_composer=settings.against_composer,
     )
+    if machine.load is not None and machine.load > BUSY * machine.cpus:
+        notes.append(
+            f"the load average was {machine.load:.1f} on {machine.cpus} CPUs at the start: other programs were running, "
+            "and may have distorted the timings"
+        )
     images, targets = image_batch(
         network, settings.batch_size, settings.image_size, settings.device, settings.channels_last
     )
