@@ -130,7 +130,7 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
     )
     if machine.load is not None and machine.load > BUSY * machine.cpus:
         notes.append(
-            f"the load average was {machine.load:.1f} on {machine.cpus} CPUs at the start: other programs were running, "
+            f"the load average was {machine.load:.1f} on {machine.cpus} CPUs at the start: other programs were running "
             "and may have distorted the timings"
         )
     images, targets = image_batch(
