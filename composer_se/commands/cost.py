@@ -1,0 +1,220 @@
+"""Measures what Squeeze-and-Excitation costs on a network and this machine.
+
+A row for the plain network and one for each --min-channels: SE layers, parameters, multiply-adds, bytes saved for
+backward, full-size passes, the time of a training step and of inference, each also as a ratio to the plain network,
+with what the run could resolve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer_se.commands.network import NamedNetwork, add_network_arguments, read_network
+from composer_se.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from composer_se.cost.study import Settings
+
+__all__ = ["add_arguments", "run"]
+
+DEFAULT_MIN_CHANNELS: tuple[int | str, ...] = (64, 128, 256, 512)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `composer-se cost`."""
+    add_network_arguments(parser)
+    what = parser.add_argument_group("what is measured")
+    what.add_argument(
+        "--min-channels",
+        metavar="N,N,…",
+        help="settings to compare, each a whole number or 'auto' (default: 64,128,256,512, or the recipe's)",
+    )
+    what.add_argument(
+        "--min-channels-of",
+        choices=("output", "both"),
+        help="which channels must reach --min-channels: the conv's output's, or input's and output's (default: output)",
+    )
+    what.add_argument(
+        "--latent-channels",
+        metavar="N",
+        help="hidden width, or a share of the channels in (0, 1) (default: 64)",
+    )
+    what.add_argument(
+        "--against", choices=("composer",), help="measure Composer's built-in too, on the same convs and widths"
+    )
+    what.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images (default: 16)")
+    what.add_argument(
+        "--image-size", type=_positive, default=224, metavar="N", help="height and width in pixels (default: 224)"
+    )
+    where = parser.add_argument_group("how it is run")
+    where.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    where.add_argument("--precision", choices=("fp32", "amp_bf16", "amp_fp16"), default="fp32", help="default: fp32")
+    where.add_argument("--channels-last", action="store_true", help="network and images in channels_last layout")
+    where.add_argument("--compile", action="store_true", help="through torch.compile")
+    where.add_argument(
+        "--repeats",
+        type=_positive,
+        default=5,
+        metavar="N",
+        help="timed visits to each instance: the run's length grows with it, its resolution shrinks (default: 5)",
+    )
+    where.add_argument(
+        "--instances",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="copies of each variant, at least 2: the spread between them is the resolution (default: 4)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write everything found, each timing included")
+    output.add_argument("--plot", type=Path, metavar="FILE", help="draw cost against min_channels (.png, .svg, …)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the tables, writes the files asked for.
+
+    Args:
+        args: What `add_arguments` parsed.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: An option is wrong, or the network cannot be built or run.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    from composer_se.cost.plot import plot_formats, plot_study
+    from composer_se.cost.report import print_study, write_json
+    from composer_se.cost.study import measure
+
+    _check_file("--json", args.json)
+    _check_file("--plot", args.plot)
+    if args.plot is not None and args.plot.suffix.removeprefix(".") not in plot_formats():
+        raise UserError(f"--plot {args.plot}: its ending must name a picture format, such as .png or .svg")
+    network = read_network(args)
+    settings = _settings(args, network)
+    built = network.build()
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with _surgery_unlogged(), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("counting", total=None)
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        study = measure(network.name, built, settings, progress)
+    print_study(study, Console())
+    if args.json is not None:
+        write_json(study, args.json)
+    if args.plot is not None:
+        plot_study(study, args.plot)
+    return 0
+
+
+@contextmanager
+def _surgery_unlogged() -> Iterator[None]:
+    """Keeps the surgery's log lines, one for every instance, from tearing the progress bar."""
+    log = logging.getLogger("composer_se")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
+    from composer_se.cost.study import Settings
+
+    if args.instances < 2:
+        raise UserError(f"--instances {args.instances}: at least 2 are needed to know what the run can resolve")
+    options = dict(network.squeeze_excite)
+    recipe_min_channels = options.pop("min_channels", None)
+    min_channels = DEFAULT_MIN_CHANNELS if recipe_min_channels is None else (recipe_min_channels,)
+    if args.min_channels is not None:
+        min_channels = _min_channels(args.min_channels)
+    if args.min_channels_of is not None:
+        options["min_channels_of"] = args.min_channels_of
+    if args.latent_channels is not None:
+        options["latent_channels"] = _latent_channels(args.latent_channels)
+    options.setdefault("latent_channels", 64)
+    options.setdefault("min_channels_of", "output")
+    return Settings(
+        min_channels=min_channels,
+        squeeze_excite=options,
+        against_composer=args.against == "composer",
+        batch_size=args.batch_size,
+        image_size=args.image_size,
+        device=_device(args.device),
+        precision=args.precision,
+        channels_last=args.channels_last,
+        compiled=args.compile,
+        instances=args.instances,
+        rounds=args.repeats,
+    )
+
+
+def _min_channels(text: str) -> tuple[int | str, ...]:
+    settings: list[int | str] = []
+    for part in text.split(","):
+        part = part.strip()
+        if part != "auto" and not (part.isdecimal() and int(part) >= 1):
+            raise UserError(
+                f"--min-channels {text}: {part or 'nothing'!r} is neither a whole number from 1 on nor 'auto'; "
+                "write, say, 128,256,auto"
+            )
+        setting = part if part == "auto" else int(part)
+        if setting not in settings:
+            settings.append(setting)
+    return tuple(settings)
+
+
+def _latent_channels(text: str) -> int | float:
+    try:
+        value: Any = int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        value = None
+    if value is None or not (value >= 1 if isinstance(value, int) else 0 < value < 1):
+        raise UserError(f"--latent-channels {text}: expected a whole number from 1 on, or a share between 0 and 1")
+    return value
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: only cpu and cuda devices can be timed")
+    return device
+
+
+def _check_file(option: str, path: Path | None) -> None:
+    """Complains now rather than after the measurement."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise UserError(f"{option} {path}: not a file in an existing folder")
+
+
+def _positive(text: str) -> int:
+    if not (text.isdecimal() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)

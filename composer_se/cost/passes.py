@@ -1,0 +1,145 @@
+"""Full-size passes: how often one SE layer reads or writes memory as large as its conv's output map."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+__all__ = ["FullSizePasses", "full_size_passes"]
+
+# Operators that take a tensor for its shape and dtype alone, or only to overwrite it.
+_NOT_READ = {
+    *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
+    *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
+    *("zero_", "zero", "fill_", "fill", "is_same_size", "resize_", "set_"),
+}
+# Operators that hand out memory without writing to it.
+_NOT_WRITTEN = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+
+
+class FullSizePasses(TorchDispatchMode):
+    """Counts, operator by operator, the reads and writes of tensors with a given number of elements.
+
+    The convention, applied to every ATen operator that runs below autograd:
+
+    - each distinct storage among its inputs is one read, each distinct storage that it fills is one write, however
+      often a kernel goes over it inside;
+    - an operator in place both reads and writes its tensor; `out=` arguments and the target of `copy_` are only
+      written;
+    - a tensor has as many elements as it has in memory, so a stride-0 `expand` of a small one is small;
+    - views, and operators that only look at a shape, count nothing.
+
+    Args:
+        numel: The number of elements that counts as full size.
+
+    Attributes:
+        reads: Full-size reads so far.
+        writes: Full-size writes so far.
+    """
+
+    def __init__(self, numel: int):
+        super().__init__()
+        self.numel = numel
+        self.reads = 0
+        self.writes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        read, written = _operands(func, args, kwargs, result)
+        self.reads += len({_address(t) for t in read if _elements(t) == self.numel})
+        self.writes += len({_address(t) for t in written if _elements(t) == self.numel})
+        return result
+
+
+def full_size_passes(
+    wrapper: nn.Module, conv: nn.Module, inputs: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+) -> int:
+    """Counts the full-size passes that SE adds to one conv in one training step, forward and backward.
+
+    The wrapper runs alone on `inputs`, its output receives a gradient that is a tensor of its own, and gradients are
+    taken for `inputs` and all parameters. What the conv alone does on the same input is subtracted.
+
+    Args:
+        wrapper: The conv with its SE block.
+        conv: The same conv alone.
+        inputs: What the layer receives in the network, (N, C, H, W).
+        autocast: Makes the context of the forward pass.
+
+    Returns:
+        Reads plus writes of tensors with as many elements as the conv's output.
+    """
+    with torch.no_grad(), autocast():
+        numel = conv(inputs).numel()
+    return _passes(wrapper, inputs, numel, autocast) - _passes(conv, inputs, numel, autocast)
+
+
+def _passes(
+    layer: nn.Module, inputs: torch.Tensor, numel: int, autocast: Callable[[], AbstractContextManager[Any]]
+) -> int:
+    inputs = inputs.detach().clone().requires_grad_()
+    counter = FullSizePasses(numel)
+    with counter, autocast():
+        output = layer(inputs)
+    gradient = torch.ones_like(output)
+    with counter:
+        torch.autograd.grad(output, [inputs, *layer.parameters()], gradient)
+    return counter.reads + counter.writes
+
+
+def _operands(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tensors that one operator read and those that it wrote."""
+    name = func._schema.name.removeprefix("aten::")
+    read: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+    inputs: set[int] = set()
+    for argument, value in _bind(func._schema.arguments, args, kwargs):
+        mutated = argument.alias_info is not None and argument.alias_info.is_write
+        for tensor in _tensors(value):
+            inputs.add(_address(tensor))
+            if mutated:
+                written.append(tensor)
+            overwritten = mutated and (argument.is_out or name == "copy_")
+            if name not in _NOT_READ and not overwritten:
+                read.append(tensor)
+    outputs = list(_tensors(result))
+    fresh = [tensor for tensor in outputs if _address(tensor) not in inputs]
+    if outputs and not fresh and not written:
+        return [], []  # a view
+    if name not in _NOT_WRITTEN:
+        written += fresh
+    return read, written
+
+
+def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Pairs the arguments of a schema with the values of one call; those left at their default are no tensors."""
+    for position, argument in enumerate(arguments):
+        if position < len(args):
+            yield argument, args[position]
+        elif argument.name in kwargs:
+            yield argument, kwargs[argument.name]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_iter(value) if isinstance(leaf, torch.Tensor))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    """The elements that a tensor has in memory: a dimension of stride 0 repeats what is there."""
+    count = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if stride != 0 or size == 0:
+            count *= size
+    return count

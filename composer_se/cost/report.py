@@ -1,0 +1,210 @@
+"""A study as tables for the terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from composer_se.cost.statistics import Ratio
+from composer_se.cost.study import Study
+from composer_se.cost.variants import PLAIN
+
+__all__ = ["print_study", "write_json"]
+
+# Broken, so that the tables fit into 80 columns.
+_SETTING = "min_\nchannels"
+
+
+def print_study(study: Study, console: Console) -> None:
+    """Prints what was asked, the exact costs, the timings and, where measured, ours against the built-in."""
+    console.print(f"[bold]{study.network}[/bold]: {_conditions(study)}", highlight=False)
+    console.print(str(study.machine), highlight=False)
+    console.print(_counts_table(study))
+    console.print(_times_table(study))
+    if study.settings.against_composer:
+        console.print(_against_table(study))
+    for note in study.notes:
+        console.print(f"Note: {note}", highlight=False)
+
+
+def write_json(study: Study, path: Path) -> None:
+    """Writes everything that was found, every timed visit included.
+
+    Args:
+        study: The study.
+        path: The file to write; it is overwritten.
+    """
+    path.write_text(json.dumps(_as_dict(study), indent=2) + "\n")
+
+
+def _conditions(study: Study) -> str:
+    settings = study.settings
+    parts = [
+        f"batch {settings.batch_size}",
+        f"{settings.image_size}² pixels",
+        settings.precision,
+        str(settings.device),
+    ]
+    parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled
+    parts += [f"{key} {value}" for key, value in settings.squeeze_excite.items()]
+    parts += [f"{settings.instances} instances", f"{settings.rounds} rounds"]
+    return ", ".join(parts)
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1)
+    )
+
+
+def _counts_table(study: Study) -> Table:
+    compiled = study.settings.compiled
+    caption = (
+        "Exact counts. Multiply-adds: one image, forward. Saved: for the backward pass of one batch, the images "
+        "among it, parameters and buffers not."
+    )
+    if not compiled:
+        caption += " Passes: reads and writes of memory as large as the conv's output, per SE layer and step."
+    table = _table("What it needs (× plain)", caption)
+    table.add_column(_SETTING)
+    heads = ["SE\nlayers", "parameters", "multiply-\nadds", "saved"]
+    heads += [] if compiled else ["passes"]
+    plain = study.counts[PLAIN]
+    heads += [] if plain.peak_bytes is None else ["peak\nmemory"]
+    for head in heads:
+        table.add_column(head, justify="right")
+    for variant in study.variants:
+        counts = study.counts[variant.name]
+        cells = [
+            str(len(variant.layers)) if variant.layers else "-",
+            _times(counts.parameters, plain.parameters, ""),
+            _times(counts.multiply_adds, plain.multiply_adds, ""),
+            _times(counts.saved_bytes, plain.saved_bytes, "B"),
+        ]
+        if not compiled:
+            cells.append(_span(counts.passes))
+        if counts.peak_bytes is not None and plain.peak_bytes is not None:
+            cells.append(_times(counts.peak_bytes, plain.peak_bytes, "B"))
+        table.add_row(variant.name, *cells)
+    return table
+
+
+def _times_table(study: Study) -> Table:
+    table = _table(
+        "What it takes (× plain ± resolution)",
+        "Resolution: what two variants of the same code can differ by (95 %), from the spread between "
+        "instances of the same code. A ratio within it shows no difference.",
+    )
+    table.add_column(_SETTING)
+    for kind in study.seconds:
+        table.add_column(kind, justify="right", no_wrap=True)
+    for variant in study.variants:
+        cells = []
+        for kind in study.seconds:
+            cell = f"{study.milliseconds(kind, variant.name):.4g} ms"
+            if variant.name != PLAIN:
+                cell += f"\n{study.ratio(kind, variant.name)}"
+            cells.append(cell)
+        table.add_row(variant.name, *cells)
+    return table
+
+
+def _against_table(study: Study) -> Table:
+    table = _table(
+        "Ours over Composer's built-in (± resolution): time, and below it overhead",
+        "Same convs, same widths. Overhead: time over plain less 1. Not resolved: the built-in is not slower than "
+        "plain beyond the resolution.",
+    )
+    table.add_column(_SETTING)
+    for kind in study.seconds:
+        table.add_column(kind, justify="right", no_wrap=True)
+    for setting in _settings_measured(study):
+        compared = [study.against(kind, setting) for kind in study.seconds]
+        table.add_row(setting, *(f"{comparison.time}\n{comparison.overhead}" for comparison in compared))
+    return table
+
+
+def _settings_measured(study: Study) -> list[str]:
+    return [v.min_channels for v in study.variants if v.code == "composer-se" and v.min_channels is not None]
+
+
+def _times(value: int, plain: int, unit: str) -> str:
+    """An amount in the thousands of the plain network's, and below it the ratio to that."""
+    scale, prefix = next(
+        ((scale, prefix) for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if plain >= scale), (1.0, "")
+    )
+    amount = f"{value / scale:.2f} {prefix}{unit}"
+    return amount if value == plain or not plain else f"{amount}\n{value / plain:.4f}"
+
+
+def _span(passes: tuple[int, ...]) -> str:
+    if not passes:
+        return "-"
+    low, high = min(passes), max(passes)
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def _as_dict(study: Study) -> dict[str, Any]:
+    settings = asdict(study.settings) | {
+        "device": str(study.settings.device),
+        "squeeze_excite": dict(study.settings.squeeze_excite),
+    }
+    rows = []
+    for variant in study.variants:
+        times = {}
+        for kind in study.seconds:
+            entry: dict[str, Any] = {"milliseconds": study.milliseconds(kind, variant.name)}
+            if variant.name != PLAIN:
+                entry["ratio"] = _ratio(study.ratio(kind, variant.name))
+            times[kind] = entry
+        counts = asdict(study.counts[variant.name])
+        plain = asdict(study.counts[PLAIN])
+        exact = ("parameters", "multiply_adds", "saved_bytes", "peak_bytes")
+        rows.append(
+            {
+                "name": variant.name,
+                "code": variant.code,
+                "min_channels": variant.min_channels,
+                "layers": list(variant.layers),
+                **counts,
+                "ratios": {key: counts[key] / plain[key] for key in exact if counts[key] and plain[key]},
+                "times": times,
+            }
+        )
+    found: dict[str, Any] = {
+        "network": study.network,
+        "settings": settings,
+        "machine": asdict(study.machine),
+        "notes": study.notes,
+        "rows": rows,
+    }
+    if study.settings.against_composer:
+        found["against_composer"] = [
+            {
+                "min_channels": setting,
+                **{
+                    kind: {
+                        "time": _ratio(study.against(kind, setting).time),
+                        "overhead": _ratio(study.against(kind, setting).overhead),
+                    }
+                    for kind in study.seconds
+                },
+            }
+            for setting in _settings_measured(study)
+        ]
+    found["seconds"] = study.seconds
+    return found
+
+
+def _ratio(ratio: Ratio) -> dict[str, Any]:
+    """A ratio for JSON, which knows no NaN."""
+    values = {key: None if math.isnan(value) else value for key, value in asdict(ratio).items()}
+    resolution = None if math.isnan(ratio.resolution) else ratio.resolution
+    return {**values, "resolution": resolution}

@@ -1,0 +1,41 @@
+"""Bytes that autograd keeps between the forward and the backward pass, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+__all__ = ["saved_bytes"]
+
+
+def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
+    """Counts the bytes that `forward` leaves saved for its backward pass.
+
+    Every tensor that autograd saves passes through a hook. What is counted is the whole storage behind it, once: a
+    tensor saved by two operations, or a view of it, costs nothing more. Storages of `exclude` are not counted; give
+    the parameters and the buffers, which exist whether or not there is a backward pass.
+
+    Args:
+        forward: Runs the forward pass and the loss, with gradients enabled. It is called once, and its result is
+            kept alive until the count is done.
+        exclude: Tensors whose storages are not counted.
+
+    Returns:
+        Bytes.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Holding the storage keeps its address from being given to another tensor while the count runs.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+        total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total

@@ -1,0 +1,92 @@
+"""One training step and one inference step, the same for every variant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_iter
+
+__all__ = ["PRECISIONS", "autocast_context", "image_batch", "inference_step", "loss_of", "training_step"]
+
+PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
+
+
+def autocast_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """Makes the contexts of forward passes in a precision named as Composer names it."""
+    dtype = PRECISIONS[precision]
+    if dtype is None:
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def image_batch(
+    network: nn.Module, batch_size: int, image_size: int, device: torch.device, channels_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of noise with as many channels as the network's first conv takes.
+
+    Args:
+        network: The network that will see the batch.
+        batch_size: Images.
+        image_size: Height and width in pixels.
+        device: Where the batch lives.
+        channels_last: Whether the images are laid out channels last.
+
+    Returns:
+        Images (N, C, H, W) and targets (N,): whole numbers that `loss_of` folds into the network's classes.
+    """
+    channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(batch_size, channels, image_size, image_size, generator=generator).to(device)
+    targets = torch.randint(2**31, (batch_size,), generator=generator).to(device)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, targets
+
+
+def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of every (N, classes) tensor among the outputs, plus the sum of every other.
+
+    Args:
+        outputs: A tensor, or any nesting of tensors (auxiliary heads, dictionaries).
+        targets: Whole numbers (N,), taken modulo the number of classes.
+
+    Raises:
+        TypeError: There is no floating-point tensor among the outputs.
+    """
+    losses = [
+        nn.functional.cross_entropy(out, targets % out.shape[1]) if out.ndim == 2 else out.float().sum()
+        for out in tree_iter(outputs)
+        if isinstance(out, torch.Tensor) and out.is_floating_point()
+    ]
+    if not losses:
+        raise TypeError(f"the network returned no floating-point tensor but a {type(outputs).__name__}")
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+
+
+def training_step(
+    network: Callable[[torch.Tensor], Any],
+    optimizer: torch.optim.Optimizer,
+    images: torch.Tensor,
+    targets: torch.Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Forward, loss, backward, optimizer step. No gradient scaler, which would cost every variant the same."""
+    optimizer.zero_grad(set_to_none=True)
+    with autocast():
+        loss = loss_of(network(images), targets)
+    loss.backward()
+    optimizer.step()
+
+
+def inference_step(
+    network: Callable[[torch.Tensor], Any],
+    images: torch.Tensor,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """A forward pass in inference mode; the network is expected in eval mode."""
+    with torch.inference_mode(), autocast():
+        network(images)
