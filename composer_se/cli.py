@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
     """
-    parser = argparse.ArgumentParser(prog="composer-se", description=__doc__)
+    parser = argparse.ArgumentParser(prog="composer-se", description="Squeeze-and-Excitation for convolutional networks.")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         module = importlib.import_module(f"composer_se.commands.{name}")
