@@ -301,6 +301,16 @@ def test_the_excitation_can_be_differentiated_without_the_gate():
 
 
 @both_ways
+@pytest.mark.parametrize("create_graph", [True, False])
+def test_gates_that_ignore_the_map_pass_its_gradient_on(create_graph, overwrite):
+    x = torch.randn(2, 3, 4, 4, device=DEVICE, requires_grad=True)
+    z = torch.randn(2, 3, device=DEVICE, requires_grad=True)
+    out = triton_gate.squeeze_excite(x * 1, lambda p: z, overwrite)
+    (grad_x,) = torch.autograd.grad(out.sum(), x, create_graph=create_graph)
+    assert_close(grad_x, over_maps(torch.sigmoid(z.detach().double())).expand(x.shape), 1e-5)
+
+
+@both_ways
 def test_a_graph_can_be_gone_through_twice(overwrite, kernels_everywhere):
     block, x = block_and_input(overwrite)
     out = block(x * 1)
