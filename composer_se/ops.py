@@ -20,17 +20,33 @@ same numbers. Both take unbatched maps, (C, H, W) with (C), as `torch.nn.Conv2d`
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["gate", "gate_", "squeeze", "takes_plain_formula"]
+__all__ = ["KERNEL_DTYPES", "gate", "gate_", "squeeze", "takes_kernels", "takes_plain_formula"]
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _kernels_are_wanted() -> bool:
+    setting = os.environ.get("COMPOSER_SE_TRITON", "0")
+    if setting not in ("0", "1", ""):
+        raise ValueError(f"COMPOSER_SE_TRITON is {setting!r}; set it to 1 for the Triton kernels on CUDA, 0 for none.")
+    return setting == "1" and importlib.util.find_spec("triton") is not None
+
+
+_KERNELS_ARE_WANTED = _kernels_are_wanted()
+
+# The path is chosen by the next two functions and nowhere else.
 
 
 def takes_plain_formula(u: Tensor) -> bool:
-    """Whether ``u * sigmoid(z)`` has to be written with plain operators: the one place where the path is chosen.
+    """Whether ``u * sigmoid(z)`` has to be written with plain operators, which the surroundings take apart.
 
     Tracers (`torch.fx`, TorchScript, `torch.export`, ONNX) record operators, `torch.compile` fuses them, `torch.func`
     and forward-mode differentiation transform them; none gains from a custom backward pass. Tensor subclasses (fake
@@ -42,6 +58,23 @@ def takes_plain_formula(u: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+    )
+
+
+def takes_kernels(u: Tensor) -> bool:
+    """Whether maps that don't take the plain formula go through the Triton kernels of `composer_se.triton_gate`.
+
+    They do on CUDA devices, for dense maps in one of `KERNEL_DTYPES`, where Triton is installed and the environment had
+    ``COMPOSER_SE_TRITON=1`` when this module was imported. The default is off: no kernel has been timed on a GPU yet.
+    Views, such as the output of an unbatched conv, are left out because autograd lets no function of two results write
+    into one.
+    """
+    return (
+        _KERNELS_ARE_WANTED
+        and u.is_cuda
+        and u.dtype in KERNEL_DTYPES
+        and (u.is_contiguous() or u.is_contiguous(memory_format=torch.channels_last))
+        and not u._is_view()
     )
 
 
@@ -71,7 +104,7 @@ def gate(u: Tensor, z: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled() and (u.requires_grad or z.requires_grad):
         return _Gate.apply(u, z)  # pyright: ignore[reportReturnType]
-    return u * _over_maps(torch.sigmoid(z))
+    return u * over_maps(torch.sigmoid(z))
 
 
 def gate_(u: Tensor, z: Tensor, layer: str = "a SqueezeExciteConv2d") -> Tensor:
@@ -93,7 +126,7 @@ def gate_(u: Tensor, z: Tensor, layer: str = "a SqueezeExciteConv2d") -> Tensor:
     """
     if torch.is_grad_enabled() and (u.requires_grad or z.requires_grad):
         return _GateInPlace.apply(u, z, layer)  # pyright: ignore[reportReturnType]
-    return u.mul_(_over_maps(torch.sigmoid(z)))
+    return u.mul_(over_maps(torch.sigmoid(z)))
 
 
 class _Squeeze(torch.autograd.Function):
@@ -111,7 +144,7 @@ class _Squeeze(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
         height, width = ctx.map_shape[-2:]
-        return _over_maps(grad_outputs[0] / (height * width)).expand(ctx.map_shape)
+        return over_maps(grad_outputs[0] / (height * width)).expand(ctx.map_shape)
 
 
 class _Gate(torch.autograd.Function):
@@ -120,7 +153,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, u: Tensor, z: Tensor) -> Tensor:
         ctx.save_for_backward(u, z)
-        return u * _over_maps(torch.sigmoid(z))
+        return u * over_maps(torch.sigmoid(z))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -134,7 +167,7 @@ class _GateInPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, z: Tensor, layer: str) -> Tensor:
-        v = u.mul_(_over_maps(torch.sigmoid(z)))
+        v = u.mul_(over_maps(torch.sigmoid(z)))
         ctx.mark_dirty(v)
         ctx.save_for_backward(v, z)
         ctx.layer = layer
@@ -142,18 +175,27 @@ class _GateInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        try:
-            v, z = ctx.saved_tensors
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise RuntimeError(
-                f"The output of {ctx.layer} was changed in place after the forward pass, for instance by "
-                "ReLU(inplace=True) or `out += shortcut`, and its gate needs it for backward. "
-                "Apply Squeeze-and-Excitation with inplace=False."
-            ) from error
+        v, z = saved_with_product(ctx)
         gates = torch.sigmoid(z)
         return *_gate_backward(ctx.needs_input_grad, grad_outputs[0], v, gates, 1 - gates), None
+
+
+def saved_with_product(ctx: Any) -> tuple[Tensor, ...]:
+    """What the gate of ``ctx.layer`` saved for backward, its product among it.
+
+    Raises:
+        RuntimeError: When the product was changed in place since; the message names the layer and the cure.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"The output of {ctx.layer} was changed in place after the forward pass, for instance by "
+            "ReLU(inplace=True) or `out += shortcut`, and its gate needs it for backward. "
+            "Apply Squeeze-and-Excitation with inplace=False."
+        ) from error
 
 
 def _gate_backward(
@@ -162,7 +204,7 @@ def _gate_backward(
     """Gradients of the product for ``u`` and ``z``, given ``dL/dz = slope * sum over H, W of g * kept``."""
     if torch.is_grad_enabled():
         # Double backward differentiates these lines, so they must not write into anything.
-        return g * _over_maps(gates), slope * (g * kept).sum((-2, -1))
+        return g * over_maps(gates), slope * (g * kept).sum((-2, -1))
     u_needs_grad, z_needs_grad = needs_input_grad[:2]
     scratch = torch.mul(kept, g) if z_needs_grad else None
     grad_z = None if scratch is None else slope * scratch.sum((-2, -1))
@@ -170,10 +212,10 @@ def _gate_backward(
         return None, grad_z
     # The scratch tensor is written twice: on two CPU cores a second full-size allocation costs more in page faults
     # than the arithmetic (3.1 ms against 16 ms on 16x512x28x28).
-    return torch.mul(g, _over_maps(gates), out=scratch), grad_z
+    return torch.mul(g, over_maps(gates), out=scratch), grad_z
 
 
-def _over_maps(per_channel: Tensor) -> Tensor:
+def over_maps(per_channel: Tensor) -> Tensor:
     """A view of (..., C) that broadcasts over maps (..., C, H, W)."""
     # One `view` where indexing with None takes two operators: 5 us less per layer at batch 1.
     return per_channel.view(*per_channel.shape, 1, 1)
