@@ -22,11 +22,12 @@ RECOMMENDED_LATENT_CHANNELS = 64
 RECOMMENDED_MIN_CHANNELS = 512
 
 _SE_CLASS = re.compile(
-    r"(effective)?(se|squeeze_?(and)?_?excit(e|ation)|gather_?excite|channel_?att(entio)?n|globalcontext)"
+    r"(effective)?(e?se|squeeze_?(and)?_?excit(e|ation)|gather_?excite|channel_?att(entio)?n|globalcontext)"
     r"(2d|cl|module|layer|block|unit)?",
     re.IGNORECASE,
 )
 _ATTENTION_CLASS = re.compile(r"attn|attention", re.IGNORECASE)
+_POOL_CLASS = re.compile(r"(global|adaptive)\w*pool", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -236,9 +237,8 @@ def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:
             for child_name, child in module.named_children():
                 if child_name.startswith("fc") and _is_pointwise(child):
                     reasons.setdefault(child, f"on the 1×1 map of {label}")
-        if isinstance(module, nn.Sequential):
-            for conv in _convs_behind_global_pool(module):
-                reasons.setdefault(conv, "on the 1×1 map behind a global pool")
+        for conv in _convs_behind_global_pool(module):
+            reasons.setdefault(conv, "on the 1×1 map behind a global pool")
     return reasons
 
 
@@ -282,15 +282,28 @@ def _convs_in(module: nn.Module) -> Iterator[nn.Conv2d]:
     return (child for child in module.modules() if isinstance(child, nn.Conv2d))
 
 
-def _convs_behind_global_pool(sequence: nn.Sequential) -> Iterator[nn.Conv2d]:
+def _is_global_pool(module: nn.Module) -> bool:
+    """Whether a module shrinks maps to one number per channel: torch's adaptive pools, or one named like them."""
+    named_like_one = _POOL_CLASS.search(type(module).__name__) is not None
+    return named_like_one and getattr(module, "output_size", 1) in (1, (1, 1))
+
+
+def _convs_behind_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
+    """The convs registered after a global pool in the same parent, up to something that makes or needs larger maps.
+
+    In a `torch.nn.Sequential` the order is that of the calls. In other parents it only suggests so, and a shortcut may
+    come last: there a nested module counts only if its convs are 1×1 and without normalisation, as in classifiers.
+    """
+    in_order = isinstance(parent, nn.Sequential)
     pooled = False
-    for child in sequence:
-        if isinstance(child, nn.AdaptiveAvgPool2d | nn.AdaptiveMaxPool2d):
-            pooled = child.output_size in (1, (1, 1))
-        elif isinstance(child, nn.Upsample):
+    for child in parent.children():
+        convs = list(_convs_in(child))
+        if _is_global_pool(child):
+            pooled = True
+        elif isinstance(child, nn.Upsample) or (not in_order and not all(map(_is_pointwise, convs))):
             pooled = False
-        elif pooled:
-            yield from _convs_in(child)
+        elif pooled and (in_order or not any(map(is_norm, child.modules()))):
+            yield from convs
 
 
 def _check_include(include: tuple[str, ...], names: dict[nn.Conv2d, list[str]]) -> None:
