@@ -40,11 +40,24 @@ def test_the_kernels_agree_with_the_plain_formula(interpret):
     assert int(passed.group(1)) > 200, run.stdout
 
 
-DENSE_ALONG = {"contiguous": ("pixel_stride", 2, 1024), "channels_last": ("channel_stride", 128, 16)}
+LAYOUTS = {
+    "contiguous": {"pixel_stride": 1, "BLOCK_C": 2, "BLOCK_I": 1024},
+    "channels_last": {"channel_stride": 1, "BLOCK_C": 128, "BLOCK_I": 16},
+}
+SPECIAL_SIZES = {
+    "1x1 maps": ("i32", {"pixels": 1, "channel_stride": 1, "pixel_stride": 1, "BLOCK_C": 2048, "BLOCK_I": 1}),
+    "one map": ("i32", {"channels": 1, "pixel_stride": 1, "BLOCK_C": 1, "BLOCK_I": 64}),
+    "odd maps": ("i32", {"pixel_stride": 1, "BLOCK_C": 32, "BLOCK_I": 64}),
+    "more than 2**31 maps or pixels": ("i64", {"BLOCK_C": 2, "BLOCK_I": 1024}),
+}
 
 
-def compiled(kernel: str, dtype: str, memory_format: str, constants: dict[str, object], tmp_path: Path, monkeypatch):
-    """Compiles a kernel for an A100, as a launch would with sizes that are multiples of 16. Needs no GPU."""
+@pytest.fixture
+def compiled(tmp_path, monkeypatch):
+    """Compiles a kernel for an A100, as a launch would. Needs no GPU.
+
+    Arguments that a launch finds to be None or 1 are constants; `multiple` of 16 is a property of sizes and pointers.
+    """
     triton = pytest.importorskip("triton", minversion="3.2")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -52,16 +65,20 @@ def compiled(kernel: str, dtype: str, memory_format: str, constants: dict[str, o
     from composer_se import triton_kernels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    function = getattr(triton_kernels, kernel)
-    unit_stride, block_c, block_i = DENSE_ALONG[memory_format]
-    constants = {unit_stride: 1, "BLOCK_C": block_c, "BLOCK_I": block_i} | constants
-    names = function.arg_names
-    signature = {
-        name: "constexpr" if name in constants else f"*{dtype}" if name.endswith("_ptr") else "i32" for name in names
-    }
-    unaligned = ("out_stride", "tiles_per_split", "divisor", *constants)
-    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in unaligned}
-    return triton.compile(ASTSource(function, signature, constants, aligned), target=GPUTarget("cuda", 80, 32)).asm
+
+    def compile(kernel: str, dtype: str, constants: dict[str, object], sizes: str = "i32", multiple: bool = True):
+        function = getattr(triton_kernels, kernel)
+        names = function.arg_names
+        signature = {
+            name: "constexpr" if name in constants else f"*{dtype}" if name.endswith("_ptr") else sizes
+            for name in names
+        }
+        unaligned = ("out_stride", "tiles_per_split", "divisor", *constants)
+        aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name not in unaligned}
+        source = ASTSource(function, signature, constants, aligned if multiple else {})
+        return triton.compile(source, target=GPUTarget("cuda", 80, 32)).asm
+
+    return compile
 
 
 KERNELS = {
@@ -75,12 +92,12 @@ KERNELS = {
 
 
 @compiles
-@pytest.mark.parametrize("memory_format", DENSE_ALONG)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernels_compile_to_wide_loads_and_wide_offsets(name, dtype, memory_format, tmp_path, monkeypatch):
+def test_the_kernels_compile_to_wide_loads_and_wide_offsets(name, dtype, layout, compiled):
     kernel, constants = KERNELS[name]
-    asm = compiled(kernel, dtype, memory_format, constants, tmp_path, monkeypatch)
+    asm = compiled(kernel, dtype, constants | LAYOUTS[layout])
     assert asm["cubin"]
     # 16 bytes at a time, for as many operands as are maps.
     maps_read = 2 if "b_ptr" not in constants and kernel == "_sum_kernel" else 1
@@ -93,6 +110,15 @@ def test_the_kernels_compile_to_wide_loads_and_wide_offsets(name, dtype, memory_
     assert all("i64" in product for product in products), products
     assert "atom" not in asm["ptx"]
     assert "red.global" not in asm["ptx"]
+
+
+@compiles
+@pytest.mark.parametrize("sizes", SPECIAL_SIZES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernels_compile_for_special_sizes(name, sizes, compiled):
+    kernel, constants = KERNELS[name]
+    integer, special = SPECIAL_SIZES[sizes]
+    assert compiled(kernel, "bf16", constants | special, integer, multiple=False)["cubin"]
 
 
 @pytest.mark.parametrize(("setting", "wanted"), [(None, False), ("", False), ("0", False), ("1", HAS_TRITON)])
