@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format newest-torch clean
+.PHONY: help train test check format cost clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,6 +21,13 @@ check: $(VENV)/dev.stamp ## formatting, lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
+	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
+	    --instances 4 --repeats 4 --json docs/cost-resnet50-against-composer.json
+	$(BIN)/composer-se cost --model resnet50 --instances 3 --repeats 3 \
+	    --json docs/cost-resnet50.json --plot docs/cost-resnet50.svg
+	$(BIN)/python docs/update_readme.py
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .

@@ -9,12 +9,22 @@ from collections.abc import Sequence
 
 from composer_se.errors import UserError
 
-__all__ = ["main"]
+__all__ = ["main", "make_parser"]
 
 COMMANDS = {
     "train": "train a recipe in this process",
     "cost": "measure what SE costs on a model and this machine",
 }
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    parser = argparse.ArgumentParser(prog="composer-se", description="Squeeze-and-Excitation for conv nets.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"composer_se.commands.{name}")
+        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,12 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
     """
-    parser = argparse.ArgumentParser(prog="composer-se", description="Squeeze-and-Excitation for convolutional networks.")
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"composer_se.commands.{name}")
-        module.add_arguments(subparsers.add_parser(name, help=summary, description=module.__doc__))
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     try:
         return importlib.import_module(f"composer_se.commands.{args.command}").run(args)
     except UserError as error:

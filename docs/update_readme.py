@@ -1,0 +1,82 @@
+"""Writes the cost table of the README from the results that `make cost` leaves beside this file."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from composer_se.cost.machine import Machine
+
+DOCS = Path(__file__).parent
+README = DOCS.parent / "README.md"
+RESULTS = DOCS / "cost-resnet50-against-composer.json"
+KINDS = ("training step", "inference, batch 1", "inference, batch 16")
+
+
+def cost_table(found: dict[str, Any]) -> str:
+    """The table in Markdown, one row per variant, with the machine below it."""
+    lines = [
+        "| | SE layers | parameters | multiply-adds | saved for backward | full-size passes | "
+        + " | ".join(KINDS)
+        + " |",
+        "|---|" + "---|" * (5 + len(KINDS)),
+    ]
+    lines += [_row(row) for row in found["rows"]]
+    (against,) = found["against_composer"]
+    lines.append("")
+    lines.append(
+        "Ours over Composer's, overhead over plain: "
+        + "; ".join(f"{kind} {_ratio(against[kind]['overhead'])}" for kind in KINDS)
+        + ". Time: "
+        + "; ".join(f"{kind} {_ratio(against[kind]['time'])}" for kind in KINDS)
+        + "."
+    )
+    settings = found["settings"]
+    lines.append("")
+    lines.append(
+        f"ResNet-50, batch {settings['batch_size']}, {settings['image_size']}², {settings['precision']}, "
+        f"latent_channels {settings['squeeze_excite']['latent_channels']}, min_channels {against['min_channels']} of "
+        f"{settings['squeeze_excite']['min_channels_of']}; {settings['instances']} instances of each, "
+        f"{settings['rounds']} rounds; {Machine(**found['machine'])}. "
+        "± is what two variants of the same code can differ by; *(within)* means no difference was shown."
+    )
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    name = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}[row["code"]]
+    passes = "/".join(str(count) for count in sorted(set(row["passes"]))) or "–"
+    ratios = row["ratios"]
+    times = [_ratio(row["times"][kind]["ratio"]) if "ratio" in row["times"][kind] else "1" for kind in KINDS]
+    cells = [
+        name,
+        str(len(row["layers"]) or "–"),
+        f"{ratios['parameters']:.3f}",
+        f"{ratios['multiply_adds']:.4f}",
+        f"{ratios['saved_bytes']:.4f}",
+        passes,
+        *times,
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _ratio(ratio: dict[str, Any]) -> str:
+    if ratio["resolution"] is None:
+        return "not resolved"
+    spread = f"±{ratio['resolution']:.2f}"
+    return f"{ratio['value']:.2f} {spread}" if ratio["resolved"] else f"{ratio['value']:.2f} (within {spread})"
+
+
+def with_cost_table(readme: str) -> str:
+    """The README with its cost table renewed."""
+    table = cost_table(json.loads(RESULTS.read_text()))
+    marked = re.compile(r"(<!-- cost: make cost -->\n).*?(\n<!-- /cost -->)", re.DOTALL)
+    if not marked.search(readme):
+        raise ValueError("README.md has lost the marks around its cost table, `<!-- cost: make cost -->`.")
+    return marked.sub(lambda match: match[1] + table + match[2], readme)
+
+
+if __name__ == "__main__":
+    README.write_text(with_cost_table(README.read_text()))

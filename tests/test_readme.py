@@ -1,0 +1,101 @@
+"""The README is true: its Python runs, its commands exist, its table is the one that was measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def shell_commands() -> list[list[str]]:
+    lines = (line for block in blocks("bash") for line in block.splitlines())
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def make_targets() -> set[str]:
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_block_runs_and_prints_what_its_comment_says(code: str, tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
+    assert result.stdout.splitlines() == promised
+
+
+def test_make_targets_exist() -> None:
+    named = {words[1] for words in shell_commands() if words[0] == "make"} | set(
+        re.findall(r"`make ([a-z-]+)`", README)
+    )
+    assert {"train", "test"} <= named <= make_targets()
+
+
+def test_commands_are_ones_that_the_command_line_accepts() -> None:
+    from composer_se.cli import make_parser
+
+    commands = [words[1:] for words in shell_commands() if words[0] == "composer-se"]
+    assert commands
+    for words in commands:
+        make_parser().parse_args(words)
+
+
+def test_recipes_in_launches_exist_and_their_overrides_are_accepted(tmp_path: Path) -> None:
+    from composer_se.recipe.load import load_recipe
+
+    (tmp_path / "my_recipe.yaml").write_text((ROOT / "yamls" / "digits.yaml").read_text())
+    launches = [words[words.index("composer_se.train") + 1 :] for words in shell_commands() if words[0] == "composer"]
+    launches += [words[2:] for words in shell_commands() if words[:2] == ["composer-se", "train"]]
+    assert launches
+    for recipe, *overrides in launches:
+        load_recipe(str(tmp_path / recipe) if recipe.endswith(".yaml") else recipe, overrides)
+
+
+def test_every_shipped_recipe_is_described_and_no_other() -> None:
+    described = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `\w+`.*? \| .*$", README, re.MULTILINE))))
+    shipped = {path.stem for path in (ROOT / "yamls").glob("*.yaml")}
+    assert shipped <= described
+
+
+def test_yaml_block_is_a_part_of_a_recipe() -> None:
+    from composer_se.recipe.load import load_recipe
+
+    for block in blocks("yaml"):
+        section = yaml.safe_load(block)
+        overrides = [
+            f"algorithms.{name}.{key}={value}"
+            for name, arguments in section["algorithms"].items()
+            for key, value in arguments.items()
+        ]
+        assert overrides
+        load_recipe("digits", overrides)
+
+
+def test_linked_files_exist() -> None:
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_cost_table_is_the_one_that_was_measured() -> None:
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
+    assert spec is not None
+    assert spec.loader is not None
+    update_readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(update_readme)
+    assert update_readme.with_cost_table(README) == README
