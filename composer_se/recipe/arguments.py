@@ -70,7 +70,7 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
         return target(*args, **kwargs)
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
+    except (ValueError, TypeError, ImportError, OSError, NotImplementedError, AssertionError) as error:
         message = one_line(error) or type(error).__name__
         # Where the message begins with the argument it is about, the path goes on to it.
         argument = next((key for key in kwargs if re.match(rf"`?{re.escape(key)}\b", message)), None)
