@@ -40,7 +40,7 @@ BAD_OVERRIDES = [
     ("precision=amp_bf16", "precision", "fp32"),
     ("precision=fp23", "precision", "fp32"),
     ("load_path=nowhere.pt", "load_path", "nowhere.pt"),
-    ("model.name=cifar_resnet21", "model.name", "'cifar_resnet20'"),
+    ("model.name=cifar_resnet21", "model.name", "'cifar_resnet"),
     ("model.name=resnet51", "model.name", "'resnet50'"),
     ("model={name: timm/resnet5O}", "model.name", "resnet50"),
     ("model.num_clases=3", "model.num_clases", "'num_classes'"),
@@ -112,7 +112,7 @@ def test_pattern_that_matches_no_conv_is_refused(recipe: str) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("model: [1, 2", "line 1"),
+        ("model: [1, 2", "line 2, column 1"),
         ("model: {name: a}\nmodel: {name: b}", "line 2"),
         ("", "mapping"),
         ("- a\n- b", "mapping"),

@@ -32,7 +32,7 @@ def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
 def batches(num_workers: int, epoch: int, seed: int = 1) -> list[torch.Tensor]:
     loader = build_dataloader(digits(train=True), 64, seed, True, num_workers, pin_memory=False)
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-    return [images for (images, _), _ in zip(loader, range(3))]
+    return [images for (images, _), _ in zip(loader, range(3), strict=False)]
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index() -> None:

@@ -10,6 +10,11 @@ import pytest
 import torch
 from recipe_runs import TINY, final_state, train, train_until
 
+import composer_se
+from composer_se.recipe.augmentation import SeededImages
+from composer_se.recipe.datasets import digits
+from composer_se.recipe.models import build_network
+
 pytestmark = pytest.mark.launch
 
 
@@ -29,6 +34,17 @@ def read_lines(folder: Path) -> list[dict]:
 
 def positions(folder: Path) -> list[tuple]:
     return [(line["epoch"], line["batch"], sorted(line)) for line in read_lines(folder)]
+
+
+def held_out_accuracy(weights: dict) -> float:
+    """What one process measures, with plain PyTorch."""
+    network = build_network("cifar_resnet20", in_channels=1)
+    composer_se.apply_squeeze_excite(network, min_channels="auto")
+    network.load_state_dict({name.rpartition("module.")[2]: weight for name, weight in weights.items()})
+    data = digits(train=False)
+    images, labels = zip(*SeededImages(data.images, data.transform, seed=0).__getitems__(range(360)), strict=True)
+    with torch.no_grad():
+        return (network.eval()(torch.stack(images)).argmax(1) == torch.tensor(labels)).float().mean().item()
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +121,6 @@ def test_two_processes_share_the_batch_and_end_with_equal_weights(tmp_path: Path
         "close = Trainer.close\n"
         "def keep(self):\n"
         "    torch.save(self.state.model.state_dict(), f'rank{dist.get_global_rank()}.pt')\n"
-        "    torch.save(len(self.state.batch[1]), f'batch{dist.get_global_rank()}.pt')\n"
         "    close(self)\n"
         "Trainer.close = keep\n"
         "sys.exit(main(sys.argv[1:]))\n"
@@ -116,7 +131,7 @@ def test_two_processes_share_the_batch_and_end_with_equal_weights(tmp_path: Path
     from recipe_runs import environment
 
     launcher = str(Path(sys.executable).parent / "composer")
-    arguments = ["digits", *TINY, "max_duration=1ep", "eval_dataset=null"]
+    arguments = ["digits", *TINY, "max_duration=1ep"]
     done = subprocess.run(
         [launcher, "-n", "2", str(script), *arguments],
         cwd=tmp_path,
@@ -129,8 +144,10 @@ def test_two_processes_share_the_batch_and_end_with_equal_weights(tmp_path: Path
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1))
     assert all(torch.equal(weight, second[name]) for name, weight in first.items())
-    assert [torch.load(tmp_path / f"batch{rank}.pt") for rank in (0, 1)] == [8, 8]
-    assert read_lines(tmp_path)[-1]["sample"] == 5 * 16
+    lines = read_lines(tmp_path)
+    assert [line["trainer/device_train_microbatch_size"] for line in lines[:5]] == [8] * 5
+    assert lines[-1]["sample"] == 5 * 16
+    assert lines[-1]["metrics/eval/MulticlassAccuracy"] == pytest.approx(held_out_accuracy(first), abs=1e-6)
 
 
 def test_wrong_recipe_is_reported_once_by_two_processes(tmp_path: Path) -> None:

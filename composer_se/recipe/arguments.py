@@ -105,6 +105,8 @@ def _name(target: Callable[..., Any]) -> str:
 
 def _convert(value: Any, hint: Any) -> Any:
     """The value as the hinted type; ValueError where there is no faithful conversion."""
+    if hint is Any:  # the constructor decides
+        return value
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint))
@@ -132,7 +134,7 @@ def _convert(value: Any, hint: Any) -> Any:
         raise ValueError
     if plain is collections.abc.Callable:
         raise ValueError
-    return value  # Any, a type variable: the constructor decides
+    return value
 
 
 def _convert_union(value: Any, arms: tuple[Any, ...]) -> Any:

@@ -125,6 +125,7 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     from composer_se.recipe.messages import one_line
     from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.run_folder import metrics_file, write_recipe
+    from composer_se.recipe.same_buffers import SameBuffers
     from composer_se.recipe.schema import TRAINER_KEYS
 
     algorithms = [component.build() for component in plan.algorithms]
@@ -140,7 +141,8 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     options = {key: getattr(recipe, key) for key in TRAINER_KEYS}
     if eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
-    folder_is_new = not Path(recipe.run_folder).exists()
+    run_folder = Path(recipe.run_folder)
+    new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
         trainer = Trainer(
             model=ComposerClassifier(network, num_classes=_num_classes(network, plan)),
@@ -149,7 +151,7 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
             optimizers=optimizer,
             schedulers=scheduler,
             algorithms=algorithms,
-            callbacks=callbacks,
+            callbacks=[*callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
             autoresume=True,
             save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
@@ -159,8 +161,8 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
         component = _component_at_fault(error, algorithms, plan)
         if component is None:
             raise
-        if folder_is_new and _is_global_rank_zero():
-            shutil.rmtree(recipe.run_folder, ignore_errors=True)
+        if new_folders and _is_global_rank_zero():
+            shutil.rmtree(new_folders[-1], ignore_errors=True)
         raise UserError(f"{component.path}: {one_line(error)}") from error
     if _is_global_rank_zero():
         write_recipe(recipe)
