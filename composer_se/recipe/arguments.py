@@ -70,7 +70,7 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
         return target(*args, **kwargs)
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError, NotImplementedError, AssertionError) as error:
+    except (ValueError, TypeError, ImportError, OSError, NotImplementedError, AssertionError) as error:
         message = one_line(error) or type(error).__name__
         # Where the message begins with the argument it is about, the path goes on to it.
         argument = next((key for key in kwargs if re.match(rf"`?{re.escape(key)}\b", message)), None)
@@ -105,6 +105,8 @@ def _name(target: Callable[..., Any]) -> str:
 
 def _convert(value: Any, hint: Any) -> Any:
     """The value as the hinted type; ValueError where there is no faithful conversion."""
+    if hint is Any:  # the constructor decides
+        return value
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(value, typing.get_args(hint))
@@ -132,7 +134,7 @@ def _convert(value: Any, hint: Any) -> Any:
         raise ValueError
     if plain is collections.abc.Callable:
         raise ValueError
-    return value  # Any, a type variable: the constructor decides
+    return value
 
 
 def _convert_union(value: Any, arms: tuple[Any, ...]) -> Any:

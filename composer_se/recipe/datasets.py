@@ -166,18 +166,15 @@ def _downloaded(cls: str, root: str, train: bool) -> Dataset:
     try:
         return getattr(torchvision.datasets, cls)(root, train=train, download=True)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"{cls} is not under root={root!r} and its download failed ({one_line(error)}); "
-            "set train_dataset.root and eval_dataset.root to a folder that holds it"
+        raise ValueError(
+            f"root {root!r} doesn't hold {cls}, and downloading it there failed ({one_line(error)}); "
+            "give a folder that holds it"
         ) from error
 
 
 def _read_idx(path: Path) -> np.ndarray:
     """An array of unsigned bytes in the IDX format of MNIST, gzipped."""
-    try:
-        content = gzip.decompress(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: can't be read: {one_line(error)}") from error
+    content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, dtype=">i4", count=dimensions, offset=4)
     return np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions).reshape(shape)

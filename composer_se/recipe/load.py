@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
-    InterpolationKeyError,
-    MissingMandatoryValue,
     OmegaConfBaseException,
-    ValidationError,
 )
 
 from composer_se.errors import UserError
@@ -49,6 +46,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             _apply(config, override)
         if OmegaConf.is_missing(config, "run_name"):
             config.run_name = path.stem
+        missing = sorted(OmegaConf.missing_keys(config), key=lambda key: _KEYS.index(key.partition(".")[0]))
+        if missing:
+            raise UserError(f"{missing[0]}: required, but the recipe doesn't set it")
         OmegaConf.resolve(config)
         loaded = cast(Recipe, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
@@ -82,9 +82,10 @@ def _apply(config: DictConfig, override: str) -> None:
         raise UserError(f"override {override!r} is not of the form key=value (for example seed=1)")
     try:
         # OmegaConf's own loader, so that 1e-4 is a number here as it is in a recipe file.
-        value = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''").value
+        parsed = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''")
     except yaml.YAMLError as error:
         raise UserError(f"{key}: {text!r} is no valid YAML") from error
+    value = cast(dict, OmegaConf.to_container(parsed, resolve=False))["value"]
     OmegaConf.update(config, key.strip(), value, merge=False)
 
 
@@ -94,20 +95,11 @@ def _explain(error: OmegaConfBaseException) -> str:
     problem = one_line(str(error.msg or error).split("\n")[0])
     if isinstance(error, ConfigKeyError) and "." not in key:
         return f"{key}: unknown key{did_you_mean(key, _KEYS)}"
-    if isinstance(error, MissingMandatoryValue):
-        return f"{key}: required, but the recipe doesn't set it"
-    if isinstance(error, InterpolationKeyError):
-        return f"{key}: {problem}"
-    if isinstance(error, ValidationError):
-        return f"{key}: {problem}"
     return f"{key}: {problem}"
 
 
 def _check_shape(recipe: Recipe) -> None:
     """Checks what the types of the schema leave open: the insides of the sections."""
-    missing = [key for key in _KEYS if _is_missing(getattr(recipe, key))]
-    if missing:
-        raise UserError(f"{missing[0]}: required, but the recipe doesn't set it")
     for section in NAMED_SECTIONS:
         content = getattr(recipe, section)
         if content is None:
@@ -121,14 +113,3 @@ def _check_shape(recipe: Recipe) -> None:
                     f"{section}.{name}: expected a mapping of its arguments ({{}} for none, null to remove it), "
                     f"got {arguments!r}"
                 )
-            nested = _find_missing(arguments or {}, f"{section}.{name}")
-            if nested:
-                raise UserError(f"{nested}: required, but the recipe doesn't set it")
-
-
-def _find_missing(content: dict[str, Any], path: str) -> str | None:
-    return next((f"{path}.{key}" for key, value in content.items() if _is_missing(value)), None)
-
-
-def _is_missing(value: Any) -> bool:
-    return isinstance(value, str) and value == "???"

@@ -31,11 +31,16 @@ class MetricsFile(LoggerDestination):
 
     Args:
         path: The file. Created when training starts.
+
+    Attributes:
+        latest: The last value of every number.
+        hyperparameters: What the Trainer and its algorithms told of themselves.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hyperparameters: dict[str, Any] = {}
+        self.latest: dict[str, float | None] = {}
         self._pending: dict[str, float | None] = {}
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
@@ -72,6 +77,7 @@ class MetricsFile(LoggerDestination):
 
     def _write(self, state: State) -> None:
         pending, self._pending = self._pending, {}
+        self.latest.update(pending)
         if dist.get_global_rank() != 0 or not pending:
             return
         time = state.timestamp

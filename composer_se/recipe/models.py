@@ -108,6 +108,8 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
     }
     build.__name__ = name
     build.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    # Builders take weights by name too.
-    build.__annotations__ = {**typing.get_type_hints(network.__init__), **hints, "weights": str | None}
+    # Pretrained weights by the names of their enumeration, which a builder takes as well as its members.
+    weights = next(hint for hint in typing.get_args(hints["weights"]) if hint is not type(None))
+    hints["weights"] = typing.Literal[tuple(weights.__members__)] | None  # type: ignore[misc]
+    build.__annotations__ = {**typing.get_type_hints(network.__init__), **hints}
     return build

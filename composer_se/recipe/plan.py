@@ -5,6 +5,7 @@ Nothing is built here: no weights, no data, no file.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -197,5 +198,9 @@ def _check_files(recipe: Recipe) -> None:
                     f"{path}.root: the folder {str(folder)!r} does not exist; "
                     "it should hold one folder of images per class"
                 )
+        if section and section["name"] == "streaming" and importlib.util.find_spec("streaming") is None:
+            raise UserError(
+                f"{path}.name: streaming needs mosaicml-streaming; install it with pip install 'composer-se[streaming]'"
+            )
     if recipe.load_path and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
         raise UserError(f"load_path: the file {recipe.load_path!r} does not exist")

@@ -9,7 +9,12 @@ from rich.table import Table
 
 __all__ = ["print_summary"]
 
-_WORDS = {"MulticlassAccuracy": "accuracy", "CrossEntropy": "cross entropy"}
+_WORDS = {
+    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
+    "metrics/eval/CrossEntropy": "held-out cross entropy",
+    "loss/train/total": "last training loss",
+    "throughput/samples_per_sec": "images per second",
+}
 
 
 def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
@@ -19,12 +24,14 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
         summary: As `summary.json` holds it.
         console: Where to. Default: stdout.
     """
-    table = Table(title=f"{summary['run_name']}: {summary['epoch']} epochs, {summary['batch']} batches")
+    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
+    table = Table(title=f"{summary['run_name']}: {length}")
     table.add_column("", style="bold", no_wrap=True)
     table.add_column("", justify="right", overflow="fold")
     table.show_header = False
     for name, value in summary["metrics"].items():
-        table.add_row(f"held-out {_WORDS.get(name, name)}", _format(name, value))
+        if name in _WORDS:
+            table.add_row(_WORDS[name], _format(name, value))
     total, added = summary["parameters"], summary["squeeze_excite_parameters"]
     table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
     table.add_row("parameters", f"{total:,}")
@@ -35,10 +42,16 @@ def print_summary(summary: dict[str, Any], console: Console | None = None) -> No
     (console or Console()).print(table)
 
 
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
 def _format(name: str, value: float | None) -> str:
     if value is None:
         return "not finite"
-    return f"{value:.2%}" if "Accuracy" in name else f"{value:.4f}"
+    if name.endswith("Accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"
 
 
 def _duration(seconds: float) -> str:

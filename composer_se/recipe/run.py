@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import math
 import shutil
 import time
 import traceback
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
 
 __all__ = ["run_recipe"]
+
+# Of all that is logged, what the summary tells.
+_FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
 
 
 def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
@@ -123,6 +125,7 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     from composer_se.recipe.messages import one_line
     from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.run_folder import metrics_file, write_recipe
+    from composer_se.recipe.same_buffers import SameBuffers
     from composer_se.recipe.schema import TRAINER_KEYS
 
     algorithms = [component.build() for component in plan.algorithms]
@@ -135,7 +138,11 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     train_loader, eval_loader = _build_data(recipe, plan)
 
     metrics = MetricsFile(metrics_file(recipe))
-    folder_is_new = not Path(recipe.run_folder).exists()
+    options = {key: getattr(recipe, key) for key in TRAINER_KEYS}
+    if eval_loader is None:
+        options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
+    run_folder = Path(recipe.run_folder)
+    new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
         trainer = Trainer(
             model=ComposerClassifier(network, num_classes=_num_classes(network, plan)),
@@ -144,18 +151,18 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
             optimizers=optimizer,
             schedulers=scheduler,
             algorithms=algorithms,
-            callbacks=callbacks,
+            callbacks=[*callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
             autoresume=True,
             save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
-            **{key: getattr(recipe, key) for key in TRAINER_KEYS},
+            **options,
         )
     except (ValueError, TypeError) as error:
         component = _component_at_fault(error, algorithms, plan)
         if component is None:
             raise
-        if folder_is_new and _is_global_rank_zero():
-            shutil.rmtree(recipe.run_folder, ignore_errors=True)
+        if new_folders and _is_global_rank_zero():
+            shutil.rmtree(new_folders[-1], ignore_errors=True)
         raise UserError(f"{component.path}: {one_line(error)}") from error
     if _is_global_rank_zero():
         write_recipe(recipe)
@@ -166,11 +173,13 @@ def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
     import torch
     from composer.utils import dist
 
+    from composer_se.recipe.arguments import construct
     from composer_se.recipe.dataloaders import build_dataloader
 
     def build(data: DataPlan, batch_size: int, train: bool) -> Any:
         images = data.images.build(train=train)
-        return build_dataloader(images, batch_size, recipe.seed, train, data.num_workers, pin_memory)
+        options = (batch_size, recipe.seed, train, data.num_workers, pin_memory)
+        return construct(build_dataloader, data.images.path, images, *options)
 
     pin_memory = torch.cuda.is_available() and recipe.device in (None, "gpu")
     with dist.run_local_rank_zero_first():  # so that one process of each node downloads
@@ -232,17 +241,12 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
         "epoch": int(state.timestamp.epoch),
         "batch": int(state.timestamp.batch),
         "sample": int(state.timestamp.sample),
-        "metrics": _finite(state.eval_metric_values),
+        "metrics": {name: number for name, number in metrics.latest.items() if name.startswith(_FINAL_METRICS)},
         "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
         "squeeze_excite_layers": layers,
         "squeeze_excite_parameters": added,
         "wall_seconds": round(seconds, 2),
     }
-
-
-def _finite(values: dict[str, Any]) -> dict[str, float | None]:
-    numbers = {name: float(value) for name, value in values.items()}
-    return {name: number if math.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _is_global_rank_zero() -> bool:

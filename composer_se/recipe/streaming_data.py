@@ -8,7 +8,6 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from composer_se.errors import UserError
 from composer_se.recipe.augmentation import seeded
 from composer_se.recipe.transforms import imagenet_transform
 
@@ -52,20 +51,14 @@ def streaming(
         shuffle_block_size: Images that are shuffled together.
 
     Raises:
-        UserError: mosaicml-streaming is not installed, or neither `remote` nor `local` is given.
+        ImportError: mosaicml-streaming is not installed.
+        ValueError: Neither `remote` nor `local` is given.
     """
-    try:
-        from streaming import StreamingDataLoader  # type: ignore[import-not-found]
-        from streaming.vision import StreamingVisionDataset  # type: ignore[import-not-found]
-    except ImportError as error:
-        raise UserError(
-            f"the data set 'streaming' needs mosaicml-streaming ({error}); "
-            "install it with pip install 'composer-se[streaming]'"
-        ) from error
+    from streaming import StreamingDataLoader  # type: ignore[import-not-found]
+    from streaming.vision.base import StreamingVisionDataset  # type: ignore[import-not-found]
+
     if remote is None and local is None:
-        raise UserError(
-            "the data set 'streaming' needs remote (where the shards are) or local (when they are all here)"
-        )
+        raise ValueError("set remote (where the shards are), or local (when all of them are here)")
 
     class SeededStream(StreamingVisionDataset):
         """Seeds each image by (seed, epoch, index), as `SeededImages` does."""

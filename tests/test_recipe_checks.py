@@ -1,0 +1,167 @@
+"""A wrong recipe is refused in one line that names the key, before anything is built or written."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from composer_se.errors import UserError
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.plan import make_plan
+from composer_se.recipe.run import run_recipe
+from composer_se.recipe.schema import TRAINER_KEYS, Recipe
+from composer_se.train import main
+
+GOOD = """
+model: {name: cifar_resnet20, in_channels: 1}
+train_dataset: {name: digits}
+optimizer: {name: sgd, lr: 0.1}
+max_duration: 1ba
+train_batch_size: 16
+"""
+
+BAD_OVERRIDES = [
+    ("optimizr.lr=1", "optimizr", "'optimizer'"),
+    ("sed=1", "sed", "'seed'"),
+    ("seed=abc", "seed", "abc"),
+    ("seed=[1]", "seed", ""),
+    ("max_duration=5 parsecs", "max_duration", "90ep"),
+    ("max_duration=0ep", "max_duration", "more than 0"),
+    ("max_duration=5sec", "max_duration", "5sec"),
+    ("train_batch_size=0", "train_batch_size", "1 or more"),
+    ("device_train_microbatch_size=auto", "device_train_microbatch_size", "GPU"),
+    ("device_train_microbatch_size=many", "device_train_microbatch_size", "'many'"),
+    ("device=gpu", "device", "CUDA"),
+    ("device=gpux", "device", "'gpu'"),
+    ("precision=amp_bf16", "precision", "fp32"),
+    ("precision=fp23", "precision", "fp32"),
+    ("load_path=nowhere.pt", "load_path", "nowhere.pt"),
+    ("model.name=cifar_resnet21", "model.name", "'cifar_resnet"),
+    ("model.name=resnet51", "model.name", "'resnet50'"),
+    ("model={name: timm/resnet5O}", "model.name", "resnet50"),
+    ("model.num_clases=3", "model.num_clases", "'num_classes'"),
+    ("model={name: resnet18, zero_init_residal: true}", "model.zero_init_residal", "'zero_init_residual'"),
+    ("model.num_classes=ten", "model.num_classes", "whole number"),
+    ("model={num_classes: 3}", "model.name", "required"),
+    ("train_dataset.name=digit", "train_dataset.name", "'digits'"),
+    ("train_dataset.rot=x", "train_dataset.rot", ""),
+    ("train_dataset.num_workers=-1", "train_dataset.num_workers", "-1"),
+    ("train_dataset.train=false", "train_dataset.train", ""),
+    ("train_dataset={name: imagenet, root: nowhere}", "train_dataset.root", "nowhere/train"),
+    ("optimizer.name=sgdd", "optimizer.name", "'sgd'"),
+    ("optimizer.momentun=0.9", "optimizer.momentun", "'momentum'"),
+    ("optimizer.lr=fast", "optimizer.lr", "a number"),
+    ("optimizer.params=[]", "optimizer.params", ""),
+    ("optimizer={name: decoupled_sgdw}", "optimizer.lr", "required"),
+    ("optimizer={name: adamw, betas: [0.9]}", "optimizer.betas", "list of 2"),
+    ("scheduler={name: cosine}", "scheduler.name", "cosine_annealing"),
+    ("scheduler={name: multi_step}", "scheduler.milestones", "required"),
+    ("algorithms.blurpol={}", "algorithms.blurpol", "'blurpool'"),
+    ("algorithms.blurpol=null", "algorithms.blurpol", "'blurpool'"),
+    ("algorithms.blurpool=3", "algorithms.blurpool", "mapping"),
+    ("algorithms.blurpool.min_chanels=3", "algorithms.blurpool.min_chanels", "'min_channels'"),
+    ("algorithms.blurpool.replace_convs=3", "algorithms.blurpool.replace_convs", "true or false"),
+    ("algorithms.gradient_clipping={}", "algorithms.gradient_clipping.clipping_type", "required"),
+    ("algorithms.squeeze_excite.latent_channel=3", "algorithms.squeeze_excite.latent_channel", "'latent_channels'"),
+    ("callbacks.lr_monitor.every=3", "callbacks.lr_monitor.every", "none"),
+    ("loggers.wand={}", "loggers.wand", "wandb"),
+    ("seed", "seed", "key=value"),
+    ("seed: 1={", "seed: 1", ""),
+    ("run_name=${nothing}", "run_name", "nothing"),
+]
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    Path("good.yaml").write_text(GOOD)
+    return "good.yaml"
+
+
+@pytest.mark.parametrize(("override", "key", "hint"), BAD_OVERRIDES)
+def test_bad_override_is_refused_in_one_line(
+    recipe: str, override: str, key: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([recipe, override]) == 2
+    message = capsys.readouterr().err.strip()
+    assert "\n" not in message
+    assert key in message
+    assert hint in message
+    assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+@pytest.mark.parametrize("value", ["0", "-1", ".nan", "3.5", "true", "wide"])
+@pytest.mark.parametrize("key", ["latent_channels", "min_channels"])
+def test_values_that_squeeze_excite_rejects_are_refused(recipe: str, key: str, value: str) -> None:
+    with pytest.raises(UserError, match=rf"algorithms\.squeeze_excite\.{key}: "):
+        run_recipe(recipe, [f"algorithms.squeeze_excite.{key}={value}"])
+    assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+def test_pattern_that_matches_no_conv_is_refused(recipe: str) -> None:
+    with pytest.raises(UserError, match=r"algorithms\.squeeze_excite.*'blocks\*'"):
+        run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
+    assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("model: [1, 2", "line 2, column 1"),
+        ("model: {name: a}\nmodel: {name: b}", "line 2"),
+        ("", "mapping"),
+        ("- a\n- b", "mapping"),
+        ("model: {name: cifar_resnet20}", "train_dataset: required"),
+    ],
+)
+def test_broken_file_is_refused_in_one_line(tmp_path: Path, content: str, expected: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=expected) as error:
+        load_recipe(str(path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("digit", "'digits'"), ("missing.yaml", "does not exist"), (".", "folder")]
+)
+def test_recipe_that_is_not_there_is_refused(name: str, expected: str) -> None:
+    with pytest.raises(UserError, match=expected):
+        load_recipe(name)
+
+
+def test_batch_size_is_checked_against_the_number_of_processes(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"train_batch_size: the global batch of 16 .* 3 processes.*=15"):
+        make_plan(load_recipe(recipe))
+
+
+def test_command_line_mapping_replaces_and_null_removes(recipe: str) -> None:
+    loaded = load_recipe(recipe, ["optimizer={name: adamw, lr: 1e-3}", "algorithms={blurpool: {}, ema: null}"])
+    assert loaded.optimizer == {"name": "adamw", "lr": 1e-3}
+    assert [component.path for component in make_plan(loaded).algorithms] == ["algorithms.blurpool"]
+
+
+def test_run_name_and_folders_follow_the_recipe(recipe: str) -> None:
+    loaded = load_recipe(recipe)
+    assert (loaded.run_name, loaded.run_folder, loaded.save_folder) == (
+        "good",
+        "runs/good",
+        "runs/good/checkpoints",
+    )
+    assert loaded.eval_batch_size == 16
+    assert load_recipe(recipe, ["run_name=x"]).save_folder == "runs/x/checkpoints"
+
+
+def test_keys_for_the_trainer_are_its_own() -> None:
+    from composer import Trainer
+
+    parameters = inspect.signature(Trainer.__init__).parameters
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert set(TRAINER_KEYS) <= set(parameters)
+    assert set(TRAINER_KEYS) <= fields

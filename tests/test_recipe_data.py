@@ -1,0 +1,123 @@
+"""Data sets, their splits, and augmentation that depends on seed, epoch and index only."""
+
+from __future__ import annotations
+
+import gzip
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from composer.algorithms import RandAugmentTransform
+from composer.utils.misc import add_vision_dataset_transform
+from torchvision.transforms import ToTensor
+
+from composer_se.recipe.augmentation import SeededImages
+from composer_se.recipe.dataloaders import build_dataloader
+from composer_se.recipe.datasets import cifar10, digits, fashion_mnist, imagenet, synthetic
+
+
+def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
+    train, held_out = digits(train=True), digits(train=False)
+    assert (len(train.images), len(held_out.images)) == (1437, 360)  # type: ignore[arg-type]
+    counts = np.bincount(held_out.images.labels)  # type: ignore[attr-defined]
+    assert counts.min() >= 34
+    assert counts.max() <= 38
+    seen = {image.tobytes() for image in train.images.images}  # type: ignore[attr-defined]
+    assert not seen & {image.tobytes() for image in held_out.images.images}  # type: ignore[attr-defined]
+    assert np.array_equal(held_out.images.labels, digits(train=False).images.labels)  # type: ignore[attr-defined]
+
+
+def batches(num_workers: int, epoch: int, seed: int = 1) -> list[torch.Tensor]:
+    loader = build_dataloader(digits(train=True), 64, seed, True, num_workers, pin_memory=False)
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return [images for (images, _), _ in zip(loader, range(3), strict=False)]
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_index() -> None:
+    torch.manual_seed(0)
+    first = torch.stack(batches(0, epoch=2))
+    torch.rand(3)  # what the global generators did before must not matter, nor the number of workers
+    assert torch.equal(first, torch.stack(batches(0, epoch=2)))
+    assert torch.equal(first, torch.stack(batches(2, epoch=2)))
+    assert not torch.equal(first, torch.stack(batches(0, epoch=3)))
+    assert not torch.equal(first, torch.stack(batches(0, epoch=2, seed=5)))
+
+
+def test_augmentation_varies_between_epochs_for_one_image() -> None:
+    data = digits(train=True)
+    images = SeededImages(data.images, data.transform, seed=1)
+    assert torch.equal(images[0, 5][0], images[0, 5][0])
+    assert not torch.equal(images[0, 5][0], images[1, 5][0])
+
+
+def test_loading_leaves_the_random_generators_alone() -> None:
+    data = digits(train=True)
+    images = SeededImages(data.images, data.transform, seed=1)
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    expected = torch.rand(1), random.random(), np.random.rand()
+    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    images.__getitems__([(0, 1), (0, 2)])
+    assert (torch.rand(1), random.random(), np.random.rand()) == expected
+
+
+def test_composers_image_transforms_come_before_the_tensor() -> None:
+    data = digits(train=True)
+    images = SeededImages(data.images, data.transform, seed=1)
+    add_vision_dataset_transform(images, RandAugmentTransform())
+    steps = images.transform.transforms  # type: ignore[union-attr]
+    assert [type(step) for step in steps].index(RandAugmentTransform) < [type(s) for s in steps].index(ToTensor)
+    assert images[0, 5][0].shape == (1, 8, 8)
+
+
+def test_synthetic_images_are_a_function_of_the_index() -> None:
+    first, second = synthetic(train=True, image_size=8), synthetic(train=False, image_size=8)
+    assert torch.equal(first.images[3][0], second.images[3][0])
+    assert not torch.equal(first.images[3][0], first.images[4][0])
+    assert first.images[1003][1] == 3
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">i4").tobytes()
+    return gzip.compress(header + array.tobytes())
+
+
+def test_fashion_mnist_reads_a_flat_folder_of_the_original_files(tmp_path: Path) -> None:
+    pixels = np.arange(2 * 28 * 28).reshape(2, 28, 28).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(np.array([3, 9], dtype=np.uint8)))
+    data = fashion_mnist(train=False, root=str(tmp_path))
+    image, label = data.images[1]
+    assert np.array_equal(np.asarray(image), pixels[1])
+    assert label == 9
+
+
+def test_imagenet_reads_a_tree_of_image_files(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (40, 30), "red").save(tmp_path / split / name / "1.png")
+    for train in (True, False):
+        data = imagenet(train, root=str(tmp_path), image_size=16)
+        image, label = SeededImages(data.images, data.transform, seed=0)[1]
+        assert image.shape == (3, 16, 16)
+        assert label == 1
+
+
+def test_missing_data_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.datasets
+
+    def no_network(*args: object, **kwargs: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
+    with pytest.raises(ValueError, match=r"root .*doesn't hold CIFAR10.*no network"):
+        cifar10(train=True, root=str(tmp_path))

@@ -1,0 +1,61 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from composer_se.errors import UserError
+from composer_se.recipe.cifar_resnet import CIFARResNet
+from composer_se.recipe.models import build_network, network_names
+
+
+@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+def test_cifar_resnets_have_the_papers_size(depth: int, millions: float) -> None:
+    network = build_network(f"cifar_resnet{depth}")
+    layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in network.modules())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert layers == depth
+    assert parameters / 1e6 == pytest.approx(millions, abs=0.05 if depth == 110 else 0.005)
+
+
+def test_cifar_resnet_halves_the_map_twice_and_takes_any_channels() -> None:
+    network = build_network("cifar_resnet20", num_classes=7, in_channels=5)
+    shapes = []
+    for stage in (network.stage1, network.stage2, network.stage3):
+        stage.register_forward_hook(lambda module, args, out: shapes.append(tuple(out.shape)))  # type: ignore[union-attr]
+    assert network(torch.randn(2, 5, 32, 32)).shape == (2, 7)
+    assert shapes == [(2, 16, 32, 32), (2, 32, 16, 16), (2, 64, 8, 8)]
+
+
+def test_cifar_resnet_refuses_other_depths() -> None:
+    with pytest.raises(ValueError, match="6n"):
+        CIFARResNet(21)
+
+
+def test_torchvision_networks_build_by_name_with_their_arguments() -> None:
+    network = build_network("resnet18", num_classes=5, zero_init_residual=True)
+    assert network.fc.out_features == 5  # type: ignore[union-attr]
+    assert not network.layer1[0].bn2.weight.any()  # type: ignore[index, union-attr]
+    assert "fasterrcnn_resnet50_fpn" not in network_names()
+
+
+def test_timm_networks_build_by_name() -> None:
+    pytest.importorskip("timm")
+    assert build_network("timm/resnet18", num_classes=3)(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("resnet5", {}, "did you mean 'resnet"),
+        ("timm/nosuchthing", {}, "model.name"),
+        ("resnet18", {"num_class": 3}, "did you mean 'num_classes'"),
+        ("resnet18", {"weights": "IMAGENET"}, "model.weights: expected one of 'IMAGENET1K_V1'"),
+        ("googlenet", {}, "model.aux_logits"),
+    ],
+)
+def test_wrong_names_and_arguments_are_refused(name: str, arguments: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        build_network(name, **arguments)
