@@ -7,6 +7,7 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from composer_se.on_composer_import import register_algorithm
+from composer_se.planning import Plan, plan
 
 if TYPE_CHECKING:
     from composer_se import functional, surgery
@@ -15,11 +16,13 @@ if TYPE_CHECKING:
     from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
 
 __all__ = [
+    "Plan",
     "SqueezeExcite",
     "SqueezeExcite2d",
     "SqueezeExciteConv2d",
     "apply_squeeze_excite",
     "functional",
+    "plan",
     "remove_squeeze_excite",
     "surgery",
 ]

@@ -13,6 +13,7 @@ __all__ = ["main"]
 
 COMMANDS = {
     "train": "train a recipe in this process",
+    "plan": "show which layers SE would change, and why",
     "cost": "measure what SE costs on a model and this machine",
 }
 
