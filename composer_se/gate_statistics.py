@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from composer_se.modules import SqueezeExcite2d
 
-__all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "observe_logits", "se_blocks", "sums_size"]
+__all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "gate_terms", "observe_logits", "se_blocks", "sums_size"]
 
 NEAR = 0.05
 """A gate is near 0 below this, near 1 above its complement. Its slope is then less than a fifth of the largest."""
@@ -72,21 +72,26 @@ def sums_size(block: SqueezeExcite2d) -> int:
     return 3 + 2 * _last_linear(block).out_features
 
 
-def gate_sums(logits: Tensor) -> Tensor:
-    """Sums over samples from which `describe` computes its statistics. They add up over batches.
+def gate_terms(logits: Tensor) -> Tensor:
+    """What each sample adds to the sums from which `describe` computes its statistics.
 
     Args:
         logits: Logits of the gates, (..., C).
 
     Returns:
-        Tensor of shape (3 + 2 C,): samples, gates near 0, gates near 1, per channel the sum of the gates, per channel
-        the sum of their squares. In float64, so that a variance is what is left of two large numbers; in float32 on
-        MPS, which has no other.
+        Tensor of shape (N, 3 + 2 C) for N samples: 1, how many of the gates are near 0 and near 1, the gates, their
+        squares. In float64, so that a variance is what is left of two large numbers; in float32 on MPS, which has no
+        other.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     gates = torch.sigmoid(logits.detach().reshape(-1, logits.shape[-1]).to(dtype))
-    counts = torch.stack([(gates < NEAR).sum(), (gates > 1 - NEAR).sum()]).to(dtype)
-    return torch.cat([gates.new_full((1,), len(gates)), counts, gates.sum(0), gates.square().sum(0)])
+    counts = [torch.ones_like(gates[:, :1]), *(near.sum(1, True) for near in (gates < NEAR, gates > 1 - NEAR))]
+    return torch.cat([*counts, gates, gates.square()], dim=1)
+
+
+def gate_sums(logits: Tensor) -> Tensor:
+    """`gate_terms` summed over samples, (3 + 2 C,). Such sums add up over batches and processes."""
+    return gate_terms(logits).sum(0)
 
 
 def describe(sums: Tensor) -> Tensor:
