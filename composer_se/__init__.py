@@ -12,14 +12,19 @@ if TYPE_CHECKING:
     from composer_se import functional, surgery
     from composer_se.algorithm import SqueezeExcite
     from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
+    from composer_se.gate_monitor import GateMonitor
     from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
+    from composer_se.planning import Plan, plan
 
 __all__ = [
+    "GateMonitor",
+    "Plan",
     "SqueezeExcite",
     "SqueezeExcite2d",
     "SqueezeExciteConv2d",
     "apply_squeeze_excite",
     "functional",
+    "plan",
     "remove_squeeze_excite",
     "surgery",
 ]
@@ -31,10 +36,13 @@ register_algorithm()
 # Imported when first used. Importing torch takes seconds, and the commands both refuse a wrong recipe before that and
 # set how torch waits for its threads, which it reads when it is imported.
 _MODULES = {
+    "GateMonitor": "composer_se.gate_monitor",
+    "Plan": "composer_se.planning",
     "SqueezeExcite": "composer_se.algorithm",
     "SqueezeExcite2d": "composer_se.modules",
     "SqueezeExciteConv2d": "composer_se.modules",
     "apply_squeeze_excite": "composer_se.functional",
+    "plan": "composer_se.planning",
     "remove_squeeze_excite": "composer_se.functional",
 }
 
@@ -44,7 +52,7 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"composer_se.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "SqueezeExcite" and importlib.util.find_spec("composer") is None:
+    if name in ("GateMonitor", "SqueezeExcite") and importlib.util.find_spec("composer") is None:
         raise ImportError(
             f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install mosaicml. "
             "composer_se.apply_squeeze_excite works without it."

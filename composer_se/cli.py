@@ -13,6 +13,9 @@ __all__ = ["main", "make_parser"]
 
 COMMANDS = {
     "train": "train a recipe in this process",
+    "plan": "show which layers SE would change, and why",
+    "gates": "show what the gates of a trained network do, and which layers need them",
+    "report": "write a run's report.html anew",
     "cost": "measure what SE costs on a model and this machine",
 }
 

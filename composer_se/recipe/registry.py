@@ -17,6 +17,7 @@ __all__ = ["components", "resolve"]
 # Ours come first, in place of Composer's of the same name.
 _OURS = {
     "algorithms": {"squeeze_excite": "composer_se.algorithm:SqueezeExcite"},
+    "callbacks": {"gate_monitor": "composer_se.gate_monitor:GateMonitor"},
 }
 
 # Where the public classes of a section live, and their common base.

@@ -1,0 +1,78 @@
+"""Shows what the gates of a trained network do on held-out images, by class and by layer, and which layers need them.
+
+Writes gates.png and gates.json into the run's folder (or --out), and prints a table. One layer after the other has its
+gates fixed at their means over the images; what that costs in accuracy is what its looking at the image is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from composer_se.errors import UserError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `composer-se gates`."""
+    parser.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help="a run's folder, or a checkpoint (.pt)")
+    parser.add_argument(
+        "--data",
+        metavar="NAME[:ROOT]",
+        help="data set whose held-out images are taken, and its folder (default: the recipe's eval_dataset)",
+    )
+    parser.add_argument(
+        "--recipe", metavar="RECIPE", help="the recipe of a checkpoint that is not in a run's folder: a path or a name"
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: gates, in the run's folder if it has one")
+    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Analyses, prints the table, writes picture and numbers, and renews the run's report.
+
+    Args:
+        args: What `add_arguments` parsed.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: The run, the checkpoint or the data can't be had or don't fit together.
+    """
+    import json
+    import warnings
+
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from composer_se.gates.analysis import analyse
+    from composer_se.gates.picture import draw
+    from composer_se.gates.report import as_json, print_analysis
+    from composer_se.gates.trained import default_device, load_trained
+    from composer_se.report import write_report
+
+    warnings.filterwarnings("ignore", message="No optimizer was specified")
+    trained = load_trained(args.source, args.recipe, args.data, args.device or default_device())
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total or None)
+
+        analysis = analyse(trained.network, trained.batches, advance)
+    folder = args.out or (trained.run_folder or Path()) / "gates"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "gates.json").write_text(json.dumps(as_json(trained, analysis), indent=1) + "\n")
+        draw(trained, analysis, folder / "gates.png")
+    except OSError as error:
+        raise UserError(f"--out {folder}: {error.strerror}") from error
+    console = Console()
+    print_analysis(trained, analysis, console)
+    written = [folder / "gates.png", folder / "gates.json"]
+    if trained.run_folder is not None and args.out is None:
+        written.append(write_report(trained.run_folder))
+    console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,23 @@
+"""Writes a run's report.html anew, with what has come into its folder since: gates of `composer-se gates`, and cost.json,
+written by `composer-se cost --json RUN/cost.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument of `composer-se report`."""
+    parser.add_argument("run_folder", metavar="RUN", type=Path, help="a run's folder")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the report; see `composer_se.report.write_report`."""
+    from composer_se.report import write_report
+
+    print(write_report(args.run_folder))
+    return 0

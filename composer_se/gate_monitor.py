@@ -1,0 +1,168 @@
+"""A callback that logs what the gates of Squeeze-and-Excitation do while a model trains."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import sys
+from collections.abc import Callable
+
+import torch
+from composer.core import Callback, State, Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from composer_se.gate_statistics import GateStatistics, describe, gate_sums, observe_logits, se_blocks, sums_size
+from composer_se.modules import SqueezeExcite2d
+
+__all__ = ["GateMonitor"]
+
+log = logging.getLogger(__name__)
+
+CONSTANT_BELOW = 1e-3
+SATURATED_ABOVE = 0.95
+OBSERVATIONS_BEFORE_WARNING = 3
+
+
+class GateMonitor(Callback):
+    """Logs statistics of the gates of every Squeeze-and-Excitation layer.
+
+    Of one training batch per interval, all processes and microbatches together, it logs to every logger of the run, for
+    each layer by the name of its conv (`composer_se.gate_statistics.GateStatistics` says more):
+
+    * ``gates/mean/LAYER``
+    * ``gates/std_over_samples/LAYER``: how far a channel's gate varies with the image;
+    * ``gates/std_over_channels/LAYER``: how far channels differ from each other;
+    * ``gates/share_near_0/LAYER`` and ``gates/share_near_1/LAYER``: gates below 0.05 and above 0.95.
+
+    Warns once of a layer whose gates are constant over samples (a fixed scale, which a following normalisation layer
+    undoes) or saturated (nearly all near 0 or 1) in three observed batches in a row.
+
+    Everything is computed on the device. Between observed batches nothing is hooked and nothing waits for the device;
+    an observed one costs one reduction over processes and one transfer. A forward pass under `torch.compile` runs
+    uncompiled while it is observed. Evaluation is never observed.
+
+    Args:
+        interval: How often a batch is observed, in batches (``"50ba"``, or 50) or epochs (``"1ep"``: the first batch of
+            each). The first batch always is. Default: ``"50ba"``.
+
+    Raises:
+        ValueError: If the interval is not a positive number of batches or epochs.
+
+    Example:
+        >>> trainer = Trainer(model=model, algorithms=[SqueezeExcite()], callbacks=[GateMonitor()])
+    """
+
+    def __init__(self, interval: int | str | Time = "50ba") -> None:
+        self.interval = Time.from_input(interval, TimeUnit.BATCH)
+        if self.interval.unit not in (TimeUnit.BATCH, TimeUnit.EPOCH) or self.interval.value < 1:
+            raise ValueError(
+                f'interval is {interval!r}; give a number of batches or epochs, at least 1, such as "50ba" or "1ep".'
+            )
+        self._blocks: dict[str, SqueezeExcite2d] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._observed_forward = contextlib.ExitStack()
+        self._observing = False
+        self._suspicions: dict[tuple[str, str], int] = {}
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Decides whether the batch is observed."""
+        time = state.timestamp
+        if self.interval.unit == TimeUnit.BATCH:
+            self._observing = time.batch.value % self.interval.value == 0
+        else:
+            self._observing = time.batch_in_epoch.value == 0 and time.epoch.value % self.interval.value == 0
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Starts anew: automatic microbatching runs a batch again when memory did not suffice."""
+        if self._observing:
+            self._blocks = se_blocks(state.model)
+            self._sums = {}
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Hooks the blocks for one forward pass."""
+        if not self._observing:
+            return
+        self._observed_forward.close()  # left open by a forward pass that ran out of memory
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            # Compiled code would miss hooks that came later, or keep them when they are gone.
+            self._observed_forward.enter_context(torch.compiler.set_stance("force_eager"))
+        for name, block in self._blocks.items():
+            handle = observe_logits(block, self._adder(name))
+            self._observed_forward.callback(handle.remove)
+
+    def after_forward(self, state: State, logger: Logger) -> None:
+        """Takes the hooks away, so that recomputation in the backward pass and evaluation are not observed."""
+        self._observed_forward.close()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Logs the statistics of an observed batch, and warns."""
+        if not self._observing:
+            return
+        self._observing = False
+        if not self._blocks:
+            return
+        statistics = self._statistics()
+        metrics = {
+            f"gates/{statistic}/{name}": value
+            for name, values in statistics.items()
+            for statistic, value in dataclasses.asdict(values).items()
+        }
+        logger.log_metrics(metrics)
+        for name, values in statistics.items():
+            self._warn(name, values)
+
+    def _adder(self, name: str) -> Callable[[Tensor], None]:
+        def add(logits: Tensor) -> None:
+            sums = gate_sums(logits)
+            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+        return add
+
+    def _statistics(self) -> dict[str, GateStatistics]:
+        """The statistics of each layer that ran, over all processes."""
+        sizes = [sums_size(block) for block in self._blocks.values()]
+        like = next(iter(self._sums.values()), None)
+        if like is None:
+            parameter = next(next(iter(self._blocks.values())).parameters())
+            like = gate_sums(torch.empty(0, 1, device=parameter.device))
+        # Every process has the same layout, also where a layer did not run.
+        layers = zip(self._blocks, sizes, strict=True)
+        flat = torch.cat([self._sums[name] if name in self._sums else like.new_zeros(size) for name, size in layers])
+        dist.all_reduce(flat)
+        values = torch.stack([describe(sums) for sums in flat.split(sizes)]).tolist()
+        self._sums = {}
+        return {
+            name: GateStatistics(*numbers)
+            for name, numbers in zip(self._blocks, values, strict=True)
+            if not math.isnan(numbers[0])
+        }
+
+    def _warn(self, name: str, gates: GateStatistics) -> None:
+        saturated = gates.share_near_0 + gates.share_near_1
+        self._suspect(
+            name,
+            "constant",
+            gates.std_over_samples < CONSTANT_BELOW,
+            f"The gates of {name} are constant: a channel's gate varies over samples by {gates.std_over_samples:.1e} "
+            f"around {gates.mean:.2f}. Squeeze-and-Excitation does nothing there; exclude the layer, or look why the "
+            "block does not learn.",
+        )
+        self._suspect(
+            name,
+            "saturated",
+            saturated > SATURATED_ABOVE,
+            f"The gates of {name} are saturated: {gates.share_near_0:.0%} are near 0 and {gates.share_near_1:.0%} near "
+            "1, where their gradient vanishes. A lower learning rate or weight decay on the block may help.",
+        )
+
+    def _suspect(self, name: str, what: str, seen: bool, message: str) -> None:
+        count = self._suspicions.get((name, what), 0)
+        if count < OBSERVATIONS_BEFORE_WARNING:
+            count = count + 1 if seen else 0
+            self._suspicions[name, what] = count
+            if count == OBSERVATIONS_BEFORE_WARNING and dist.get_global_rank() == 0:
+                log.warning(message)

@@ -1,0 +1,116 @@
+"""Statistics of the gates of Squeeze-and-Excitation blocks, from sums that add up over batches and processes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from composer_se.modules import SqueezeExcite2d
+
+__all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "gate_terms", "observe_logits", "se_blocks", "sums_size"]
+
+NEAR = 0.05
+"""A gate is near 0 below this, near 1 above its complement. Its slope is then less than a fifth of the largest."""
+
+_WRAPPERS = re.compile(r"^(module\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mod(ule)?\.")
+
+
+@dataclass(frozen=True)
+class GateStatistics:
+    """What the gates of one layer did over a set of samples.
+
+    Attributes:
+        mean: Over samples and channels.
+        std_over_samples: How far one channel's gate varies with the sample: root of the variance over samples, averaged
+            over channels. 0 means that the block scales every channel by a fixed number.
+        std_over_channels: How far channels differ from each other: standard deviation over channels of the mean gate.
+        share_near_0: Share of gates below `NEAR`.
+        share_near_1: Share of gates above ``1 - NEAR``.
+    """
+
+    mean: float
+    std_over_samples: float
+    std_over_channels: float
+    share_near_0: float
+    share_near_1: float
+
+
+def se_blocks(model: nn.Module) -> dict[str, SqueezeExcite2d]:
+    """The Squeeze-and-Excitation blocks of a model, by the qualified name of the conv that carries them.
+
+    Args:
+        model: The model; it may be wrapped (Composer, DDP, FSDP, checkpointing), which the names don't show.
+
+    Returns:
+        Name to block, in model order.
+    """
+    blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, SqueezeExcite2d))
+    return {_WRAPPERS.sub("", name).removesuffix(".se"): block for name, block in blocks}
+
+
+def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+    """Calls ``see`` with the logits of the gate, (..., C), at every forward pass; what it returns replaces them.
+
+    The hook sits on the last linear layer: there it leaves the gate in place, while one on the block or on its sigmoid
+    would force the plain formula.
+    """
+
+    def hook(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor | None:
+        return see(logits)
+
+    return _last_linear(block).register_forward_hook(hook)
+
+
+def sums_size(block: SqueezeExcite2d) -> int:
+    """How many numbers `gate_sums` returns for the logits of a block."""
+    return 3 + 2 * _last_linear(block).out_features
+
+
+def gate_terms(logits: Tensor) -> Tensor:
+    """What each sample adds to the sums from which `describe` computes its statistics.
+
+    Args:
+        logits: Logits of the gates, (..., C).
+
+    Returns:
+        Tensor of shape (N, 3 + 2 C) for N samples: 1, how many of the gates are near 0 and near 1, the gates, their
+        squares. In float64, so that a variance is what is left of two large numbers; in float32 on MPS, which has no
+        other.
+    """
+    dtype = torch.float32 if logits.device.type == "mps" else torch.float64
+    gates = torch.sigmoid(logits.detach().reshape(-1, logits.shape[-1]).to(dtype))
+    counts = [torch.ones_like(gates[:, :1]), *(near.sum(1, True) for near in (gates < NEAR, gates > 1 - NEAR))]
+    return torch.cat([*counts, gates, gates.square()], dim=1)
+
+
+def gate_sums(logits: Tensor) -> Tensor:
+    """`gate_terms` summed over samples, (3 + 2 C,). Such sums add up over batches and processes."""
+    return gate_terms(logits).sum(0)
+
+
+def describe(sums: Tensor) -> Tensor:
+    """The statistics of one layer, in the order of `GateStatistics`.
+
+    Args:
+        sums: What `gate_sums` returned, (3 + 2 C,), or a sum of such.
+
+    Returns:
+        Tensor of shape (5,) on the same device; NaN where there were no samples.
+    """
+    num_samples, near_0, near_1 = sums[:3]
+    mean, mean_square = (sums[3:] / num_samples).chunk(2)
+    num_gates = num_samples * len(mean)
+    variance = (mean_square - mean.square()).clamp(min=0)
+    return torch.stack(
+        [mean.mean(), variance.mean().sqrt(), mean.std(correction=0), near_0 / num_gates, near_1 / num_gates]
+    )
+
+
+def _last_linear(block: SqueezeExcite2d) -> nn.Linear:
+    return cast(nn.Linear, block.pool_and_mlp[4])

@@ -1,0 +1,205 @@
+"""What gates do per class, and what the accuracy loses without them.
+
+After section 6.4 of Squeeze-and-Excitation Networks (Hu et al., https://arxiv.org/abs/1709.01507): gates of shallow
+layers are much the same for all classes, those of deep ones depend on the class, and those of the last may do nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composer_se.errors import UserError
+from composer_se.gate_statistics import (
+    GateStatistics,
+    describe,
+    gate_terms,
+    observe_logits,
+    se_blocks,
+)
+
+__all__ = ["Ablation", "Analysis", "LayerGates", "analyse"]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The accuracy when the gates of one layer are fixed.
+
+    Attributes:
+        accuracy: Share of the images that are classified rightly.
+        change: Against the accuracy with all gates alive.
+        standard_error: Of the change, from the images whose verdict changes.
+    """
+
+    accuracy: float
+    change: float
+    standard_error: float
+
+    @property
+    def within_noise(self) -> bool:
+        """Whether the change is not above two standard errors."""
+        return abs(self.change) <= 2 * self.standard_error
+
+
+@dataclass(frozen=True)
+class LayerGates:
+    """The gates of one layer.
+
+    Attributes:
+        name: Of the conv that carries the block.
+        overall: Over all images.
+        by_class: Over the images of each class; None for a class without any.
+        class_share: How much of the gates' variance over images the class explains: 0 for gates that know nothing of
+            it, 1 for gates that know nothing else.
+        channel_means: Mean gate of every channel, (C,).
+        channel_stds: Its standard deviation over images, (C,).
+        class_channel_means: The same by class, (K, C).
+        ablation: What fixing the gates at `channel_means` does to the accuracy.
+    """
+
+    name: str
+    overall: GateStatistics
+    by_class: list[GateStatistics | None]
+    class_share: float
+    channel_means: Tensor
+    channel_stds: Tensor
+    class_channel_means: Tensor
+    ablation: Ablation
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """All layers, from shallow to deep.
+
+    Attributes:
+        layers: In model order.
+        accuracy: Of the network as it is.
+        num_images: How many images were taken.
+    """
+
+    layers: list[LayerGates]
+    accuracy: float
+    num_images: int
+
+
+def analyse(
+    network: nn.Module,
+    batches: Iterable[Any],
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Analysis:
+    """Observes all gates on held-out images, then fixes those of one layer at a time.
+
+    A fixed gate is the mean of its channel over these images, the best that a block could do without looking at the
+    image. It can be multiplied into the conv's weights, so a layer that survives this needs no block at inference.
+    Gates of 1 would change the scale that the next normalisation layer expects, and measure that.
+
+    Args:
+        network: In evaluation mode. It has the same weights and no hooks afterwards.
+        batches: Yields (images, labels), labels being class numbers; gone through twice.
+        advance: Called with what is being done, how many batches are done, and of how many (0: unknown).
+
+    Returns:
+        The analysis.
+
+    Raises:
+        UserError: The labels are no class numbers, or there are no images.
+    """
+    device = next(network.parameters()).device
+    blocks = se_blocks(network)
+    total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
+    sums: dict[str, Tensor] = {}
+    right: list[Tensor] = []
+    for done, (images, labels) in enumerate(_on_device(batches, device)):
+        terms = _observe(network, blocks, images, labels, right)
+        for name, (found, num_classes) in terms.items():
+            by_class = found.new_zeros(num_classes, found.shape[1]).index_add_(0, _repeated(labels, found), found)
+            sums[name] = sums[name] + by_class if name in sums else by_class
+        advance("observing all gates", done + 1, 2 * total)
+    if not right:
+        raise UserError("--data: there are no held-out images")
+    sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
+    fixed = {name: torch.logit(_channel_means(s.sum(0)), eps=1e-6) for name, s in sums.items()}
+    right_fixed: dict[str, list[Tensor]] = {name: [] for name in sums}
+    for done, (images, labels) in enumerate(_on_device(batches, device)):
+        for name, logits in fixed.items():
+            right_fixed[name].append(_with_fixed_gate(network, blocks[name], logits, images, labels))
+        advance("fixing one layer at a time", total + done + 1, 2 * total)
+    verdicts = torch.cat(right)
+    layers = [_layer(name, s, _compare(verdicts, torch.cat(right_fixed[name]))) for name, s in sums.items()]
+    return Analysis(layers, float(verdicts.double().mean()), len(verdicts))
+
+
+def _on_device(batches: Iterable[Any], device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+    for images, labels in batches:
+        if labels.ndim != 1 or labels.is_floating_point():
+            raise UserError(f"--data: the labels have shape {tuple(labels.shape)}; expected one class number per image")
+        yield images.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def _observe(
+    network: nn.Module, blocks: dict[str, Any], images: Tensor, labels: Tensor, right: list[Tensor]
+) -> dict[str, tuple[Tensor, int]]:
+    terms: dict[str, list[Tensor]] = {name: [] for name in blocks}
+    handles = [
+        observe_logits(block, lambda logits, name=name: terms[name].append(gate_terms(logits)))
+        for name, block in blocks.items()
+    ]
+    try:
+        outputs = network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    right.append((outputs.argmax(1) == labels).cpu())
+    return {name: (torch.cat(found), outputs.shape[1]) for name, found in terms.items() if found}
+
+
+@torch.no_grad()
+def _with_fixed_gate(network: nn.Module, block: Any, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+    handle = observe_logits(block, lambda alive: logits.to(alive.dtype).expand_as(alive))
+    try:
+        return (network(images).argmax(1) == labels).cpu()
+    finally:
+        handle.remove()
+
+
+def _repeated(labels: Tensor, terms: Tensor) -> Tensor:
+    """The labels once per call of the layer, for a layer that runs several times in one forward pass."""
+    return labels.repeat(len(terms) // len(labels))
+
+
+def _channel_means(sums: Tensor) -> Tensor:
+    return (sums[..., 3:] / sums[..., :1]).chunk(2, -1)[0]
+
+
+def _compare(before: Tensor, after: Tensor) -> Ablation:
+    n = len(before)
+    lost, gained = int((before & ~after).sum()), int((~before & after).sum())
+    change = (gained - lost) / n
+    variance = (lost + gained) / n - change**2
+    return Ablation(float(after.double().mean()), change, math.sqrt(variance / n))
+
+
+def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:
+    sums = sums.cpu()
+    total = sums.sum(0)
+    means, squares = (total[3:] / total[0]).chunk(2)
+    variance = (squares - means.square()).clamp(min=0)
+    class_means = _channel_means(sums)
+    weights = (sums[:, :1] / total[0]).expand_as(class_means)
+    between = torch.where(weights > 0, weights * (class_means - means).square(), 0).sum()
+    return LayerGates(
+        name=name,
+        overall=GateStatistics(*describe(total).tolist()),
+        by_class=[GateStatistics(*describe(row).tolist()) if row[0] > 0 else None for row in sums],
+        class_share=float(between / variance.sum()) if variance.sum() > 0 else 0.0,
+        channel_means=means,
+        channel_stds=variance.sqrt(),
+        class_channel_means=class_means,
+        ablation=ablation,
+    )

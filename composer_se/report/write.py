@@ -1,0 +1,99 @@
+"""Puts a run's report together from what its folder holds."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer_se.errors import UserError
+from composer_se.recipe.load import load_recipe
+from composer_se.report import sections
+from composer_se.report.page import page
+
+if TYPE_CHECKING:
+    from composer_se.planning import Plan
+    from composer_se.recipe.schema import Recipe
+
+__all__ = ["write_report"]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Writes `report.html` into a run's folder, over an earlier one.
+
+    It needs `recipe.yaml`. It tells what else it finds there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
+    `gates.png` of `composer-se gates`, and `cost.json`, as `composer-se cost --json RUN/cost.json` writes it.
+
+    Args:
+        run_folder: The run's folder.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: The folder holds no recipe.
+    """
+    recipe_file = run_folder / "recipe.yaml"
+    if not recipe_file.is_file():
+        raise UserError(f"{run_folder}: no run folder, it holds no recipe.yaml")
+    recipe = load_recipe(str(recipe_file))
+    summary = _read_json(run_folder / "summary.json")
+    lines = _read_lines(run_folder / "metrics.jsonl")
+    parts = [
+        sections.outcome(summary),
+        sections.curves(lines),
+        sections.gates_in_training(lines),
+        sections.gates_after_training(
+            _read_json(run_folder / "gates" / "gates.json"), _as_data_url(run_folder / "gates" / "gates.png")
+        ),
+        sections.plan_of(_plan(recipe)),
+        sections.cost(_read_json(run_folder / "cost.json")),
+        sections.recipe_text(recipe_file.read_text()),
+    ]
+    target = run_folder / "report.html"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(page(recipe.run_name, [part for part in parts if part]), encoding="utf-8")
+    temporary.replace(target)
+    return target
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        with contextlib.suppress(json.JSONDecodeError):  # the last line of a run that was killed
+            found.append(json.loads(line))
+    return found
+
+
+def _as_data_url(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _plan(recipe: Recipe) -> Plan | None:
+    """What SE does to the recipe's network, or None where it has none."""
+    import torch
+
+    from composer_se.algorithm import SqueezeExcite
+    from composer_se.planning import plan
+    from composer_se.recipe.arguments import check_arguments
+    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.models import build_network
+
+    options = (recipe.algorithms or {}).get("squeeze_excite")
+    if options is None:
+        return None
+    checked = check_arguments(SqueezeExcite, options, "algorithms.squeeze_excite")
+    checked.pop("inplace", None)
+    weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
+    with torch.device("meta"):  # shapes are all that is needed
+        network = build_network(**{**recipe.model, **weights})
+    return plan(network, image_size=image_size(recipe.train_dataset), **checked)
