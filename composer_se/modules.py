@@ -181,7 +181,8 @@ class SqueezeExcite2d(nn.Module):
 class SqueezeExciteConv2d(nn.Module):
     """A conv whose output is scaled by a Squeeze-and-Excitation block.
 
-    Reads like the conv: attributes that it lacks (``weight``, ``out_channels``, ``stride``, ...) are the conv's. A
+    Reads like the conv: attributes that it lacks (``weight``, ``out_channels``, ``stride``, ...) are the conv's, and
+    setting them sets the conv's; only a parameter has to be assigned to the conv itself. A
     state dict of the bare conv loads into it, and the block keeps its weights.
 
     Args:
@@ -260,6 +261,19 @@ class SqueezeExciteConv2d(nn.Module):
             if conv is None:
                 raise
             return getattr(conv, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        conv = self.__dict__.get("_modules", {}).get("conv")
+        if conv is None or name in self.__dict__ or name in self._modules or not hasattr(conv, name):
+            super().__setattr__(name, value)
+        elif isinstance(value, nn.Parameter):
+            # Folding a batch norm into the conv does this, and the gate stands between the two.
+            raise TypeError(
+                f"{name} belongs to the conv inside this SqueezeExciteConv2d. Assign to its .conv.{name} if the gate "
+                "shall scale what the conv makes of it; a norm that follows the gate can't be folded into the conv."
+            )
+        else:
+            setattr(conv, name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own = (f"{prefix}conv.", f"{prefix}se.")

@@ -12,7 +12,7 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the first docstring line of compatibility tests into the JUnit report: the title of their row."""
+    """Puts the first docstring line of compatibility tests into the JUnit report: the title of a row in the table."""
     for item in items:
         test = getattr(item, "function", None)
         if test is not None and test.__doc__ and item.path.name.startswith("test_compat_"):
