@@ -121,3 +121,22 @@ def test_missing_data_names_the_folder(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", no_network)
     with pytest.raises(ValueError, match=r"root .*doesn't hold CIFAR10.*no network"):
         cifar10(train=True, root=str(tmp_path))
+
+
+def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> None:
+    streaming = pytest.importorskip("streaming")
+    from PIL import Image
+
+    from composer_se.recipe.streaming_data import streaming as streamed
+
+    rng = np.random.default_rng(0)
+    with streaming.MDSWriter(out=str(tmp_path / "train"), columns={"x": "jpeg", "y": "int"}) as writer:
+        for label in range(16):
+            pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+            writer.write({"x": Image.fromarray(pixels), "y": label})
+    data = streamed(train=True, local=str(tmp_path), split="train", image_size=16, num_canonical_nodes=1)
+    loader = build_dataloader(data, 8, 1, True, 0, pin_memory=False)
+    epochs = [[(images, labels) for images, labels in loader] for _ in range(2)]
+    assert sorted(torch.cat([labels for _, labels in epochs[0]]).tolist()) == list(range(16))
+    assert epochs[0][0][0].shape == (8, 3, 16, 16)
+    assert epochs[0][0][1].tolist() != epochs[1][0][1].tolist()

@@ -94,6 +94,8 @@ def _quiet() -> None:
     log.setLevel(logging.INFO if ranks.is_local_rank_zero() else logging.WARNING)
     # Composer says this of every evaluation set whose last batch is not full.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+    # And this of label smoothing, whose targets add up to one but for rounding.
+    warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
 
 
 def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:

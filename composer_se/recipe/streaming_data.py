@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from composer_se.recipe.augmentation import seeded
@@ -64,9 +65,9 @@ def streaming(
         """Seeds each image by (seed, epoch, index), as `SeededImages` does."""
 
         def __getitem__(self, at: Any) -> Any:
-            if not isinstance(at, int):
+            if not isinstance(at, (int, np.integer)):
                 return super().__getitem__(at)
-            with seeded(self.shuffle_seed, max(0, self.next_epoch - 1), at):
+            with seeded(self.shuffle_seed, max(0, self.next_epoch - 1), int(at)):
                 return super().__getitem__(at)
 
     def build(batch_size: int, seed: int, num_workers: int, pin_memory: bool) -> DataLoader:
