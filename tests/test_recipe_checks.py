@@ -109,6 +109,12 @@ def test_pattern_that_matches_no_conv_is_refused(recipe: str) -> None:
     assert [path.name for path in Path().iterdir()] == ["good.yaml"]
 
 
+def test_network_for_other_images_is_refused(recipe: str) -> None:
+    with pytest.raises(UserError, match=r"model: resnet18 does not take the images .* 1 channels and 8x8 pixels"):
+        run_recipe(recipe, ["model={name: resnet18, num_classes: 10}"])
+    assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
 @pytest.mark.parametrize(
     ("content", "expected"),
     [

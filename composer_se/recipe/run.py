@@ -124,6 +124,8 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     from composer.models import ComposerClassifier
     from composer.utils import reproducibility
 
+    from composer_se.recipe.augmentation import SeededImages
+    from composer_se.recipe.fit import check_network_takes
     from composer_se.recipe.messages import one_line
     from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.run_folder import metrics_file, write_recipe
@@ -138,6 +140,8 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     network = plan.model.build()
     optimizer = plan.optimizer.build(network.parameters())
     train_loader, eval_loader = _build_data(recipe, plan)
+    if isinstance(train_loader.dataset, SeededImages):  # streamed images would have to be fetched first
+        check_network_takes(network, train_loader.dataset[0][0], recipe.model["name"])
 
     metrics = MetricsFile(metrics_file(recipe))
     options = {key: getattr(recipe, key) for key in TRAINER_KEYS}
