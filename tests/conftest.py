@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,17 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a digits run of one epoch, watched by the gate monitor. Not to be changed: copy it."""
+    from composer_se.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    overrides = ["max_duration=1ep", f"run_folder={folder}", "callbacks.gate_monitor={interval: 10ba}"]
+    assert main(["train", "digits", "progress_bar=false", *overrides]) == 0
+    return folder
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

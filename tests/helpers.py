@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +48,9 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     total = sum(storage.nbytes() for storage in kept.values())
     loss.backward()
     return total
+
+
+def final_accuracy(run_folder: Path) -> float:
+    """The held-out accuracy in the summary of a complete run."""
+    metrics = json.loads((run_folder / "summary.json").read_text())["metrics"]
+    return next(value for name, value in metrics.items() if name.endswith("MulticlassAccuracy"))

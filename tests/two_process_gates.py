@@ -37,6 +37,11 @@ def small_network() -> nn.Sequential:
     )
 
 
+def small_cost_network() -> nn.Sequential:
+    """The same for three input channels, as `composer-se cost` feeds a network."""
+    return nn.Sequential(nn.Conv2d(3, 1, 1), *small_network())
+
+
 def images(num_samples: int = 48) -> TensorDataset:
     generator = torch.Generator().manual_seed(0)
     scale = torch.linspace(0.5, 3, num_samples).view(-1, 1, 1, 1)

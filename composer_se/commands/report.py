@@ -1,5 +1,6 @@
-"""Writes a run's report.html anew, with what has come into its folder since: gates of `composer-se gates`, and cost.json,
-written by `composer-se cost --json RUN/cost.json`.
+"""Writes a run's report.html anew, with what has come into its folder since.
+
+That is what `composer-se gates` found, and what `composer-se cost --json RUN/cost.json` measured.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ def _run(recipe: Recipe, started: float) -> int:
         from composer_se.recipe.run_folder import write_summary
 
         write_summary(recipe, summary)
+        _write_report(recipe)
         print_summary(summary)
     return 0
 
@@ -253,6 +254,16 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
         "squeeze_excite_parameters": added,
         "wall_seconds": round(seconds, 2),
     }
+
+
+def _write_report(recipe: Recipe) -> None:
+    from composer_se.report import write_report
+
+    try:
+        write_report(Path(recipe.run_folder))
+    except Exception:
+        # A run that trained to its end must not look like one that failed.
+        logging.getLogger(__name__).warning("%s: report.html could not be written", recipe.run_folder, exc_info=True)
 
 
 def _is_global_rank_zero() -> bool:

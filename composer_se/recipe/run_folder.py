@@ -3,6 +3,7 @@
 RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
 RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
 RUN_FOLDER/summary.json    written when the run is complete
+RUN_FOLDER/report.html     written then too: all of this to look at
 SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
 """
 

@@ -59,9 +59,7 @@ def line_plot(name: str, title: str, y_label: str, lines: Mapping[str, Series], 
         handles, labels = [handles[i] for i in kept], [labels[i] for i in kept]
     if len(lines) > 1:
         # Below the plot, where it hides no line.
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8
-        )
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8)
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

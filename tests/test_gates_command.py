@@ -1,0 +1,180 @@
+"""`composer-se gates`: what it finds is what the gates do, on a network of the user's."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import final_accuracy
+from torch import Tensor, nn
+from two_process_gates import small_network
+
+from composer_se import apply_squeeze_excite
+from composer_se.cli import main
+from composer_se.errors import UserError
+from composer_se.gates.analysis import Analysis, _compare, analyse
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def network() -> nn.Sequential:
+    network = small_network()
+    apply_squeeze_excite(network, 4, 8)
+    with torch.no_grad():
+        for block in (network[0].se, network[3].se):
+            block.pool_and_mlp[4].weight *= 20  # gates that move, so that fixing them matters
+    return network.eval()
+
+
+@pytest.fixture
+def batches() -> Batches:
+    labels = torch.arange(40) % 3
+    images = torch.randn(40, 1, 8, 8) + labels.view(-1, 1, 1, 1)
+    return [(images[:25], labels[:25]), (images[25:], labels[25:])]
+
+
+def gates_of(network: nn.Sequential, layer: int, batches: Batches) -> Tensor:
+    """The gates by the block's own modules, (N, C)."""
+    wrapper = network[layer]
+    with torch.no_grad():
+        return torch.cat([wrapper.se.pool_and_mlp(wrapper.conv(network[:layer](images))) for images, _ in batches])
+
+
+def test_statistics_by_class_are_those_of_the_gates(network: nn.Sequential, batches: Batches) -> None:
+    labels = torch.cat([labels for _, labels in batches])
+    analysis = analyse(network, batches)
+    assert [layer.name for layer in analysis.layers] == ["0", "3"]
+    assert analysis.num_images == 40
+    for layer in analysis.layers:
+        gates = gates_of(network, int(layer.name), batches).double()
+        torch.testing.assert_close(layer.channel_means, gates.mean(0), atol=1e-6, rtol=0)
+        torch.testing.assert_close(layer.channel_stds, gates.std(0, correction=0), atol=1e-6, rtol=0)
+        means = torch.stack([gates[labels == k].mean(0) for k in range(3)])
+        torch.testing.assert_close(layer.class_channel_means[:3], means, atol=1e-6, rtol=0)
+        assert layer.by_class[3:] == [None] * 7  # classes the network knows and the images lack
+        by_class = layer.by_class[1]
+        assert by_class is not None
+        assert by_class.std_over_samples == pytest.approx(
+            float(gates[labels == 1].var(0, correction=0).mean().sqrt()), abs=1e-6
+        )
+        explained = (means[labels] - gates.mean(0)).square().sum() / (gates - gates.mean(0)).square().sum()
+        assert layer.class_share == pytest.approx(float(explained), abs=1e-5)
+        assert 0 < layer.class_share < 1
+
+
+def test_fixing_a_gate_is_folding_its_mean_into_the_conv(network: nn.Sequential, batches: Batches) -> None:
+    analysis = analyse(network, batches)
+    for index, layer in zip((0, 3), analysis.layers, strict=True):
+        folded = copy.deepcopy(network)
+        conv, mean = folded[index].conv, gates_of(network, index, batches).mean(0)
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        with torch.no_grad():
+            conv.weight *= mean.view(-1, 1, 1, 1)
+            conv.bias *= mean
+        folded[index] = conv
+        accuracy, changed = accuracy_of(folded, network, batches)
+        assert layer.ablation.accuracy == pytest.approx(accuracy)
+        assert layer.ablation.change == pytest.approx(accuracy - analysis.accuracy)
+        assert changed > 0
+
+
+@torch.no_grad()
+def accuracy_of(network: nn.Module, other: nn.Module, batches: Batches) -> tuple[float, int]:
+    """The accuracy, and for how many images the outputs are not those of the other network."""
+    images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    outputs = network(images)
+    changed = (outputs - other(images)).abs().amax(1) > 1e-4
+    return float((outputs.argmax(1) == labels).double().mean()), int(changed.sum())
+
+
+def test_the_network_is_left_as_it_was(network: nn.Sequential, batches: Batches) -> None:
+    before = copy.deepcopy(network.state_dict())
+    analyse(network, batches)
+    assert not any(module._forward_hooks for module in network.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def test_standard_error_comes_from_the_verdicts_that_change() -> None:
+    before, after = torch.ones(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
+    before[:10], after[10:14] = False, False  # ten gained, four lost
+    ablation = _compare(before, after)
+    assert (ablation.accuracy, ablation.change) == (0.96, 0.06)
+    differences = after.double() - before.double()
+    assert ablation.standard_error == pytest.approx(float(differences.std(correction=0)) / math.sqrt(100))
+    assert ablation.within_noise
+
+
+def test_labels_must_be_class_numbers(network: nn.Sequential) -> None:
+    with pytest.raises(UserError, match="expected one class number per image"):
+        analyse(network, [(torch.randn(2, 1, 8, 8), torch.rand(2, 10))])
+
+
+def test_command_on_a_run_writes_picture_and_numbers(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(digits_run, tmp_path / "moved"))
+    assert main(["gates", str(run), "--device", "cpu"]) == 0
+    found = json.loads((run / "gates" / "gates.json").read_text())
+    layers = [f"stage3.{block}.conv{conv}" for block in range(3) for conv in (1, 2)]
+    assert [layer["name"] for layer in found["layers"]] == layers
+    assert found["num_images"] == 360
+    assert found["accuracy"] == pytest.approx(final_accuracy(run), abs=1e-6)
+    assert all(len(layer["by_class"]) == 10 for layer in found["layers"])
+    assert (run / "gates" / "gates.png").read_bytes().startswith(b"\x89PNG")
+    assert "Gates after training" in (run / "report.html").read_text()
+    out = capsys.readouterr().out
+    assert all(layer in out for layer in layers)
+    assert max(map(len, out.split("Written:")[0].splitlines())) <= 80
+
+
+def test_command_on_a_checkpoint_outside_of_its_run(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tmp_path / "far" / "away" / "weights.pt"
+    checkpoint.parent.mkdir(parents=True)
+    shutil.copy(digits_run / "checkpoints" / "latest-rank0.pt", checkpoint)
+    assert main(["gates", str(checkpoint)]) == 2
+    assert "--recipe" in capsys.readouterr().err
+    out = tmp_path / "out"
+    recipe = str(digits_run / "recipe.yaml")
+    assert main(["gates", str(checkpoint), "--recipe", recipe, "--data", "digits", "--out", str(out)]) == 0
+    assert json.loads((out / "gates.json").read_text())["name"] == "weights"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing"], "no such run folder or checkpoint"),
+        (["RUN", "--data", "digit"], "did you mean 'digits'?"),
+        (["RUN", "--recipe", "WITHOUT_SE"], "does not fit the recipe's network"),
+    ],
+)
+def test_mistakes_are_named_in_one_line(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    without_se = tmp_path / "without.yaml"
+    recipe = (digits_run / "recipe.yaml").read_text()
+    without_se.write_text(recipe.replace("min_channels: auto", "min_channels: 16"))
+    places = {"RUN": str(digits_run), "WITHOUT_SE": str(without_se)}
+    assert main(["gates", *(places.get(argument, argument) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.strip().count("\n") == 0
+
+
+def test_many_layers_share_one_picture(tmp_path: Path, network: nn.Sequential, batches: Batches) -> None:
+    from composer_se.gates.picture import draw
+    from composer_se.gates.trained import Trained
+
+    analysis = analyse(network, batches)
+    many = Analysis(analysis.layers * 10, analysis.accuracy, analysis.num_images)
+    trained = Trained("many", network, batches, "noise", None, Path("weights.pt"), None)
+    draw(trained, many, tmp_path / "gates.svg")
+    assert "16 of 20 layers" in (tmp_path / "gates.svg").read_text()
