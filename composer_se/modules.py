@@ -264,16 +264,18 @@ class SqueezeExciteConv2d(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         conv = self.__dict__.get("_modules", {}).get("conv")
-        if conv is None or name in self.__dict__ or name in self._modules or not hasattr(conv, name):
+        if conv is None or name.startswith("_") or name in self.__dict__ or name in self._modules:
             super().__setattr__(name, value)
-        elif isinstance(value, nn.Parameter):
+        elif name in conv._parameters:
             # Folding a batch norm into the conv does this, and the gate stands between the two.
             raise TypeError(
                 f"{name} belongs to the conv inside this SqueezeExciteConv2d. Assign to its .conv.{name} if the gate "
                 "shall scale what the conv makes of it; a norm that follows the gate can't be folded into the conv."
             )
-        else:
+        elif name in conv.__dict__:
             setattr(conv, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         own = (f"{prefix}conv.", f"{prefix}se.")
