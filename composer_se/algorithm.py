@@ -65,16 +65,21 @@ class SqueezeExcite(Algorithm):
         check_min_channels(min_channels)
         check_min_channels_of(min_channels_of)
         check_inplace(inplace)
-        self.latent_channels = latent_channels
-        self.min_channels = min_channels
+        # Plain numbers, so that the repr can be evaluated whatever they came as.
+        self.latent_channels = int(latent_channels) if latent_channels >= 1 else float(latent_channels)
+        self.min_channels = min_channels if isinstance(min_channels, str) else int(min_channels)
         self.min_channels_of = min_channels_of
         self.include = as_patterns(include, "include") or None
         self.exclude = as_patterns(exclude, "exclude") or None
         self.inplace = inplace
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
         return f"{type(self).__qualname__}({options})"
+
+    def _options(self) -> dict[str, Any]:
+        names = ("latent_channels", "min_channels", "min_channels_of", "include", "exclude", "inplace")
+        return {name: getattr(self, name) for name in names}
 
     @staticmethod
     def required_on_load() -> bool:
@@ -90,7 +95,7 @@ class SqueezeExcite(Algorithm):
         model = state.model
         num_convs = surgery.count_module_instances(model, nn.Conv2d)
         with _rank_zero_rng(state):
-            added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **vars(self))
+            added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **self._options())
         num_layers = surgery.count_module_instances(model, SqueezeExciteConv2d)
         num_parameters = sum(parameter.numel() for wrapper in added.values() for parameter in wrapper.se.parameters())
         log.info(
@@ -119,7 +124,9 @@ def _rank_zero_rng(state: State) -> Iterator[None]:
     """
     devices = {parameter.device for parameter in state.model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(state.rank_zero_seed)
+        # Not torch.manual_seed, which seeds the devices that were not forked too.
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[d.index] for d in devices)):
+            generator.manual_seed(state.rank_zero_seed)
         yield
 
 

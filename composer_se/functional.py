@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 
 from torch import nn
@@ -10,7 +11,14 @@ from torch.optim import Optimizer
 
 from composer_se import surgery
 from composer_se.modules import SqueezeExciteConv2d, check_inplace
-from composer_se.selection import RECOMMENDED_LATENT_CHANNELS, Selection, is_norm, select_convs
+from composer_se.selection import (
+    HAS_SE,
+    RECOMMENDED_LATENT_CHANNELS,
+    Selection,
+    check_not_wrapped,
+    is_norm,
+    select_convs,
+)
 
 __all__ = ["apply_squeeze_excite", "remove_squeeze_excite"]
 
@@ -55,7 +63,7 @@ def apply_squeeze_excite(
 
     Raises:
         TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
-        ValueError: If an argument is out of range, an ``include`` pattern matches no conv, the model is itself a conv,
+        ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv,
             or an optimizer holds none of the model's parameters. The model and the optimizers are as before.
 
     Example:
@@ -106,8 +114,10 @@ def remove_squeeze_excite(
         The bare convs, by qualified name, in model order.
 
     Raises:
+        TypeError: If the model is wrapped in DDP or FSDP.
         ValueError: If the model is itself a `SqueezeExciteConv2d`, which can't be replaced in place.
     """
+    check_not_wrapped(model)
     if isinstance(model, SqueezeExciteConv2d):
         raise ValueError(
             "The model is itself a SqueezeExciteConv2d, which can't be replaced in place. Take model.conv."
@@ -116,7 +126,9 @@ def remove_squeeze_excite(
     bare_conv: dict[nn.Module, nn.Module] = {wrapper: wrapper.conv for wrapper in names}
     surgery.replace_module_classes(model, {SqueezeExciteConv2d: lambda wrapper, _: bare_conv[wrapper]}, optimizers)
     for wrapper in names:
-        del wrapper.conv._already_squeeze_excited
+        # Another algorithm may have put the conv into a wrapper of its own since.
+        for module in wrapper.conv.modules():
+            module.__dict__.pop("_already_squeeze_excited", None)
     return {name: wrapper.conv for wrapper, name in names.items()}
 
 
@@ -149,18 +161,26 @@ def _convs_before_norm(model: nn.Module) -> set[nn.Module]:
 
 
 def _warn_of_no_conv(model: nn.Module, selection: Selection) -> None:
-    if any(choice.reason == "has SE already" for choice in selection.choices):
-        log.info("Every fitting conv of %s has Squeeze-and-Excitation already.", type(model).__name__)
+    network = type(model).__name__
+    reasons = Counter(choice.reason for choice in selection.choices if not choice.too_narrow)
+    if HAS_SE in reasons:
+        log.info("Every fitting conv of %s has Squeeze-and-Excitation already.", network)
         return
-    largest = max((choice.conv.out_channels for choice in selection.choices), default=0)
-    log.warning(
-        "No conv of %s gets Squeeze-and-Excitation: of its %d convs the widest has %d output channels, and "
-        "min_channels is %d. Lower min_channels, or let it be chosen with min_channels='auto'.",
-        type(model).__name__,
-        len(selection.choices),
-        largest,
-        selection.min_channels,
-    )
+    too_narrow = [choice for choice in selection.choices if choice.too_narrow]
+    if too_narrow:
+        log.warning(
+            "No conv of %s gets Squeeze-and-Excitation: of the %d convs in question the widest has %d output channels, "
+            "and min_channels is %d. Lower min_channels, or let it be chosen with min_channels='auto'.",
+            network,
+            len(too_narrow),
+            max(choice.conv.out_channels for choice in too_narrow),
+            selection.min_channels,
+        )
+    elif reasons:
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        log.warning("No conv of %s gets Squeeze-and-Excitation. Its convs: %s.", network, why)
+    else:
+        log.warning("%s has no Conv2d, so nothing gets Squeeze-and-Excitation.", network)
 
 
 def _note_narrow_blocks(selection: Selection) -> None:

@@ -150,11 +150,14 @@ class SqueezeExcite2d(nn.Module):
     @torch.jit.unused
     def _takes_fast_path(self, input: Tensor) -> bool:
         """Whether nothing needs the pool, the flattening and the sigmoid to run as modules."""
+        if not _is_untouched(self.pool_and_mlp, nn.Sequential) or len(self.pool_and_mlp._modules) != 6:
+            return False
         pool, flatten, _, _, _, sigmoid = self.pool_and_mlp._modules.values()
         return (
             _is_untouched(pool, nn.AdaptiveAvgPool2d)
             and _is_untouched(flatten, nn.Flatten)
             and _is_untouched(sigmoid, nn.Sigmoid)
+            and not any(_GLOBAL_HOOKS)
             and not ops.takes_plain_formula(input)
         )
 
@@ -182,8 +185,8 @@ class SqueezeExciteConv2d(nn.Module):
     """A conv whose output is scaled by a Squeeze-and-Excitation block.
 
     Reads like the conv: attributes that it lacks (``weight``, ``out_channels``, ``stride``, ...) are the conv's, and
-    setting them sets the conv's; only a parameter has to be assigned to the conv itself. A
-    state dict of the bare conv loads into it, and the block keeps its weights.
+    setting them sets the conv's; only a parameter has to be assigned to the conv itself. A state dict of the bare conv
+    loads into it, and the block keeps its weights.
 
     Args:
         *args: Arguments of `torch.nn.Conv2d`. Left out when ``conv`` is given.
@@ -272,7 +275,7 @@ class SqueezeExciteConv2d(nn.Module):
                 f"{name} belongs to the conv inside this SqueezeExciteConv2d. Assign to its .conv.{name} if the gate "
                 "shall scale what the conv makes of it; a norm that follows the gate can't be folded into the conv."
             )
-        elif name in conv.__dict__:
+        elif name in conv.__dict__ and not hasattr(type(self), name):
             setattr(conv, name, value)
         else:
             super().__setattr__(name, value)
@@ -289,6 +292,7 @@ def _is_untouched(module: nn.Module | None, module_class: type[ModuleT]) -> Type
     return (
         module is not None
         and type(module) is module_class
+        and "forward" not in module.__dict__
         and not (
             module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
         )

@@ -27,21 +27,27 @@ def register_algorithm() -> None:
 
 
 class _ComposerFinder(MetaPathFinder):
-    """Stands first among the finders until Composer is looked for."""
+    """Stands first among the finders until Composer is imported. Looking it up, as libraries do, is not importing."""
+
+    asking = False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "composer":
+        if fullname != "composer" or self.asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("composer")
+        self.asking = True
+        try:
+            spec = importlib.util.find_spec("composer")
+        finally:
+            self.asking = False
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)
             # Some other package of that name must stay importable; using ours then says what is wrong.
             with contextlib.suppress(ImportError):
                 importlib.import_module("composer_se.algorithm")

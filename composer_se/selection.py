@@ -20,6 +20,7 @@ __all__ = ["ConvChoice", "Selection", "check_min_channels", "select_convs"]
 
 RECOMMENDED_LATENT_CHANNELS = 64
 RECOMMENDED_MIN_CHANNELS = 512
+HAS_SE = "has SE already"
 
 _SE_CLASS = re.compile(
     r"(effective)?(e?se|squeeze_?(and)?_?excit(e|ation)|gather_?excite|channel_?att(entio)?n|globalcontext)"
@@ -40,6 +41,7 @@ class ConvChoice:
         chosen: Whether it gets a block.
         reason: Why, or why not, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
+        too_narrow: Whether it is passed over for its number of channels alone.
     """
 
     name: str
@@ -47,6 +49,7 @@ class ConvChoice:
     chosen: bool
     reason: str
     latent_channels: int
+    too_narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,7 @@ def select_convs(
 
     Raises:
         TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
-        ValueError: If an argument is out of range, an ``include`` pattern matches no conv, or the model is a conv.
+        ValueError: If an argument is out of range, a pattern matches no conv, or the model is itself a conv.
     """
     check_latent_channels(latent_channels)
     check_min_channels(min_channels)
@@ -154,7 +157,8 @@ def select_convs(
     include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
     _check_model(model)
     names = _conv_names(model)
-    _check_include(include, names)
+    _check_patterns(include, "include", names)
+    _check_patterns(exclude, "exclude", names)
     attached = _convs_with_block(model)
     unsuited = _unsuited_convs(model)
 
@@ -163,7 +167,7 @@ def select_convs(
 
     def why_not(conv: nn.Conv2d) -> str | None:
         if conv in attached or getattr(conv, "_already_squeeze_excited", False):
-            return "has SE already"
+            return HAS_SE
         if conv in unsuited and not any(_without_prefix(name) in map(_without_prefix, include) for name in names[conv]):
             return unsuited[conv]
         if include and not _match(include, names[conv]):
@@ -181,11 +185,11 @@ def select_convs(
 
     def choose(conv: nn.Conv2d) -> ConvChoice:
         name, reason = names[conv][0], reasons[conv]
-        if reason is None and count(conv) < threshold:
-            reason = f"{count(conv)} channels < {threshold}"
-        if reason is None:
-            return ConvChoice(name, conv, True, "chosen", latent_width(latent_channels, conv.out_channels))
-        return ConvChoice(name, conv, False, reason, attached.get(conv, 0))
+        if reason is not None:
+            return ConvChoice(name, conv, False, reason, attached.get(conv, 0))
+        if count(conv) < threshold:
+            return ConvChoice(name, conv, False, f"{count(conv)} channels < {threshold}", 0, too_narrow=True)
+        return ConvChoice(name, conv, True, "chosen", latent_width(latent_channels, conv.out_channels))
 
     return Selection(tuple(choose(conv) for conv in names), threshold)
 
@@ -196,6 +200,15 @@ def _check_model(model: nn.Module) -> None:
             "The model is itself a Conv2d, which can't be replaced in place. "
             "Wrap it by hand: SqueezeExciteConv2d(conv=model)."
         )
+    check_not_wrapped(model)
+
+
+def check_not_wrapped(model: nn.Module) -> None:
+    """Checks that no part of a model is wrapped for distributed training yet.
+
+    Raises:
+        TypeError: If one is, in DistributedDataParallel or FSDP.
+    """
     # Looked up, not imported: a model can't be wrapped by a module that nobody imported.
     fsdp = sys.modules.get("torch.distributed.fsdp")
     wrappers = (
@@ -306,13 +319,13 @@ def _convs_behind_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
             yield from convs
 
 
-def _check_include(include: tuple[str, ...], names: dict[nn.Conv2d, list[str]]) -> None:
+def _check_patterns(patterns: tuple[str, ...], option: str, names: dict[nn.Conv2d, list[str]]) -> None:
     all_names = [_without_prefix(name) for conv_names in names.values() for name in conv_names]
-    for pattern in include:
+    for pattern in patterns:
         if _match((pattern,), all_names) is None:
             nearest = difflib.get_close_matches(_without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
             raise ValueError(
-                f"include has the pattern {pattern!r}, which matches no Conv2d of the model. "
+                f"{option} has the pattern {pattern!r}, which matches no Conv2d of the model. "
                 + (f"Nearest names: {', '.join(nearest)}." if nearest else "The model has no Conv2d.")
             )
 

@@ -35,7 +35,9 @@ def network(differ: bool) -> nn.Sequential:
 
 def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     full = {
-        name.replace("module.module.", "module."): value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+        name.replace("module.module.", "module."): value.full_tensor()
+        if hasattr(value, "full_tensor")
+        else value.clone()
         for name, value in trainer.state.model.state_dict().items()
     }
     return {name: value for name, value in full.items() if isinstance(value, torch.Tensor)}

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import conv_norm_net
@@ -155,6 +156,20 @@ def test_repr_recreates_it_and_it_can_be_pickled(copied) -> None:
     assert type(copied(algorithm)) is SqueezeExcite
 
 
+def test_repr_needs_nothing_but_the_package() -> None:
+    algorithm = SqueezeExcite(np.int64(32), np.int32(16))
+    assert repr(algorithm).startswith("composer_se.SqueezeExcite(latent_channels=32, min_channels=16,")
+
+
+def test_attributes_of_a_subclass_are_no_options() -> None:
+    class Named(SqueezeExcite):
+        def __init__(self) -> None:
+            super().__init__(4, 16)
+            self.note = "mine"
+
+    assert num_layers(trainer([Named()])) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -280,5 +295,6 @@ def run_python(code: str) -> str:
 def test_importing_the_package_imports_no_composer_but_is_known_to_it_whatever_comes_first() -> None:
     assert run_python("import sys, composer_se.functional; print('composer' in sys.modules)") == "False"
     known = "import composer.algorithms as a; print(getattr(a, 'composer_se.SqueezeExcite').required_on_load())"
-    assert run_python(f"import composer_se, composer; {known}") == "True"
     assert run_python(f"import composer; import composer_se; {known}") == "True"
+    looked_up = "import composer_se, importlib.util; importlib.util.find_spec('composer')"
+    assert run_python(f"{looked_up}; import composer; {known}") == "True"

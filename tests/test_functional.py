@@ -210,6 +210,17 @@ def test_no_fitting_conv_warns_of_the_largest_width(caplog) -> None:
     assert "min_channels='auto'" in caplog.text
 
 
+def test_no_conv_left_by_the_patterns_warns_of_them(caplog) -> None:
+    cf.apply_squeeze_excite(conv_norm_net((8, 16)), 4, "auto", exclude="*")
+    assert "Its convs: 2 excluded by '*'" in caplog.text
+    assert "min_channels" not in caplog.text
+
+
+def test_no_conv_at_all_warns(caplog) -> None:
+    cf.apply_squeeze_excite(nn.Sequential(nn.Linear(2, 2)))
+    assert "Sequential has no Conv2d" in caplog.text
+
+
 def test_narrow_blocks_are_noted_once(caplog) -> None:
     with caplog.at_level("INFO", "composer_se"):
         cf.apply_squeeze_excite(conv_norm_net((64, 64)), 0.25, 64)
@@ -263,6 +274,16 @@ def test_remove_is_the_inverse_of_apply() -> None:
     assert not new & set(optimizer.state)
     assert surgery.count_module_instances(model, SqueezeExciteConv2d) == 0
     train_step(model, optimizer)
+
+
+def test_remove_works_when_another_algorithm_has_replaced_the_conv() -> None:
+    blurpool = pytest.importorskip("composer.algorithms.blurpool")
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, stride=2), nn.BatchNorm2d(16))
+    cf.apply_squeeze_excite(model, 4, 16)
+    blurpool.apply_blurpool(model)
+    bare = cf.remove_squeeze_excite(model)
+    assert list(bare) == ["0"]
+    assert len(cf.apply_squeeze_excite(model, 4, 16)) == 1
 
 
 def test_remove_of_a_lone_wrapper_says_what_to_do() -> None:

@@ -222,6 +222,43 @@ def test_replaced_parts_of_the_mlp_are_used() -> None:
     torch.testing.assert_close(layer(MAPS), expected)
 
 
+def test_wrapped_mlp_runs_through_its_wrapper() -> None:
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper
+
+    layer = SqueezeExciteConv2d(8, 16, 3)
+    expected = layer(MAPS)
+    layer.se.pool_and_mlp = checkpoint_wrapper.checkpoint_wrapper(layer.se.pool_and_mlp)
+    torch.testing.assert_close(layer(MAPS), expected)
+
+
+def test_hook_on_the_whole_mlp_fires() -> None:
+    layer, seen = SqueezeExciteConv2d(8, 16, 3), []
+    layer.se.pool_and_mlp.register_forward_hook(lambda module, args, out: seen.append(out))
+    layer(MAPS)
+    assert len(seen) == 1
+
+
+def test_patched_forward_of_a_part_is_called() -> None:
+    layer, called = SqueezeExciteConv2d(8, 16, 3), []
+    fc1 = layer.se.pool_and_mlp[2]
+    original = fc1.forward
+    fc1.forward = lambda features: called.append(features) or original(features)
+    layer(MAPS)
+    assert len(called) == 1
+
+
+def test_forward_can_be_patched_on_conv_and_wrapper_alike() -> None:
+    layer, calls = SqueezeExciteConv2d(8, 16, 3), []
+
+    def wrapped(name, forward):
+        return lambda maps: calls.append(name) or forward(maps)
+
+    for name, module in (("conv", layer.conv), ("layer", layer)):
+        module.forward = wrapped(name, module.forward)
+    layer(MAPS)
+    assert calls == ["layer", "conv"]
+
+
 class KeepingConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         self.last = super().forward(input)

@@ -69,14 +69,15 @@ def test_patterns_need_not_name_the_wrapper_of_the_trainer() -> None:
 
 def test_exclude_wins_over_include_and_is_named() -> None:
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 16, 1))
-    assert chosen(net, 4, 16, include=["0", "1"], exclude=["x", "1"]) == ["0"]
+    assert chosen(net, 4, 16, include=["0", "1"], exclude=["1"]) == ["0"]
     assert reasons(net, 4, 16, exclude="1")["1"] == "excluded by '1'"
 
 
-def test_include_that_matches_nothing_names_the_nearest_convs() -> None:
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_pattern_that_matches_nothing_names_the_nearest_convs(option) -> None:
     net = nn.ModuleDict({"layer4": nn.Sequential(nn.Conv2d(3, 16, 1))})
-    with pytest.raises(ValueError, match=r"include has the pattern 'layer5\.0', which matches no Conv2d.*layer4\.0"):
-        select_convs(net, include="layer5.0")
+    with pytest.raises(ValueError, match=rf"{option} has the pattern 'layer5\.0', which matches no Conv2d.*layer4\.0"):
+        select_convs(net, **{option: "layer5.0"})
 
 
 def test_shared_conv_answers_to_all_its_names() -> None:
