@@ -184,6 +184,13 @@ def test_command_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["added_parameters"] == expected.added_parameters
 
 
+def test_command_takes_settings_and_image_size_from_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "min_channels=auto (resolves to 64)" in out
+    assert "multiply-adds of a 8×8 image" in out
+
+
 def test_command_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "resnet18", "--include", "layer9.*"]) == 2
     error = capsys.readouterr().err

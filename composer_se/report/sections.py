@@ -122,11 +122,11 @@ def gates_after_training(analysis: dict[str, Any] | None, picture: str | None) -
                 change,
             ]
         )
-        marked.append(not fixed["within_noise"])
+        marked.append(not fixed["harmless"])
     text = (
         f"On {analysis['num_images']:,} held-out images of {escape(analysis['data'])}, with an accuracy of "
-        f"{analysis['accuracy']:.2%}. Marked: layers whose gates can't be fixed at their means without changing the "
-        "accuracy by more than two standard errors."
+        f"{analysis['accuracy']:.2%}. Marked: layers whose gates, fixed at their means, cost more accuracy than two "
+        "standard errors."
     )
     image = f'<figure class="wide"><img alt="Gates by class and layer" src="{picture}"></figure>' if picture else ""
     return section("Gates after training", image, f'<p class="quiet">{text}</p>', table(head, rows, marked))
