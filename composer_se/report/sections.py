@@ -52,11 +52,11 @@ def curves(lines: Lines) -> str:
     }
     plots = []
     if loss[0]:
-        plots.append(line_plot("loss", "Training loss", "cross entropy (nats)", {"training": loss}))
+        plots.append(line_plot("Training loss", "cross entropy (nats)", {"training": loss}))
     if accuracy:
-        plots.append(line_plot("accuracy", "Accuracy", "accuracy (%)", accuracy))
+        plots.append(line_plot("Accuracy", "accuracy (%)", accuracy))
     if rates:
-        plots.append(line_plot("rate", "Learning rate", "learning rate", rates))
+        plots.append(line_plot("Learning rate", "learning rate", rates))
     return section("Curves", _figures(plots)) if plots else ""
 
 
@@ -67,7 +67,6 @@ def gates_in_training(lines: Lines) -> str:
         return ""
     plots = [
         line_plot(
-            f"gates-{statistic}",
             title,
             y_label,
             {layer: _series(lines, f"gates/{statistic}/{layer}") for layer in layers},
