@@ -70,7 +70,7 @@ def apply_squeeze_excite(
         >>> from torchvision.models import resnet50
         >>> model = resnet50()
         >>> len(apply_squeeze_excite(model, latent_channels=64, min_channels=512))
-        23
+        22
     """
     check_inplace(inplace)
     selection = select_convs(

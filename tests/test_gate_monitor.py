@@ -159,6 +159,20 @@ def test_training_is_the_same_to_the_last_bit() -> None:
         assert torch.equal(with_monitor.state_dict()[name], tensor), name
 
 
+def test_a_batch_that_is_run_again_is_counted_once() -> None:
+    """Automatic microbatching starts a batch anew when a forward pass runs out of memory; its hooks are still there."""
+    trainer = fit(duration="1ba")
+    state, logger, monitor = trainer.state, trainer.logger, GateMonitor("1ba")
+    batch = next(iter(DataLoader(images(), 12)))
+    monitor.batch_start(state, logger)
+    for size in (12, 7):
+        monitor.before_train_batch(state, logger)
+        monitor.before_forward(state, logger)
+        state.model([batch[0][:size], batch[1][:size]])
+    monitor.after_forward(state, logger)
+    assert [float(sums[0]) for sums in monitor._sums.values()] == [7, 7]
+
+
 def test_interval_in_epochs_observes_the_first_batch_of_each() -> None:
     steps = []
 

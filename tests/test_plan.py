@@ -161,6 +161,17 @@ def test_rows_suit_a_data_frame() -> None:
     assert list(frame["map_height"]) == [4, 2]
 
 
+def test_a_model_that_has_blocks_is_planned_as_it_is() -> None:
+    model = TwoConvs()
+    apply_squeeze_excite(model, 4, 16)
+    planned = plan(model, 4, 8, image_size=9)
+    assert [(conv.name, conv.chosen, conv.latent_channels, conv.map_size) for conv in planned.convs] == [
+        ("first", True, 4, (4, 4)),
+        ("second.conv", False, 4, (2, 2)),
+    ]
+    assert planned.convs[1].reason == "has SE already"
+
+
 def test_image_size_is_checked() -> None:
     with pytest.raises(ValueError, match="image_size is 0"):
         plan(TwoConvs(), image_size=0)
@@ -182,6 +193,13 @@ def test_command_writes_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["threshold"] == 512
     assert found["convs"] == expected.to_dicts()
     assert found["added_parameters"] == expected.added_parameters
+
+
+def test_command_takes_settings_and_image_size_from_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "min_channels=auto (resolves to 64)" in out
+    assert "multiply-adds of a 8×8 image" in out
 
 
 def test_command_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:

@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=_size,
         metavar="N",
-        help="height and width in pixels (N, or HxW), for the sizes of the maps and the multiply-adds",
+        help="height and width in pixels (N, or HxW), for the sizes of the maps and the multiply-adds (default: those "
+        "of the recipe's images)",
     )
     parser.add_argument("--json", metavar="FILE", help="write every conv and the totals to a file; - for stdout")
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     network = read_network(args)
     options = _options(args, network.squeeze_excite)
     try:
-        planned = plan(network.build(), image_size=args.image_size, **options)
+        planned = plan(network.build(), image_size=args.image_size or _size_of_recipe(args.recipe), **options)
     except (TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if args.json == "-":
@@ -130,6 +131,13 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW")
     return int(parts[0]), int(parts[-1])
+
+
+def _size_of_recipe(recipe: str | None) -> int | None:
+    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.load import load_recipe
+
+    return None if recipe is None else image_size(load_recipe(recipe).train_dataset)
 
 
 def _table(name: str, planned: Plan) -> Table:

@@ -41,9 +41,9 @@ class Ablation:
     standard_error: float
 
     @property
-    def within_noise(self) -> bool:
-        """Whether the change is not above two standard errors."""
-        return abs(self.change) <= 2 * self.standard_error
+    def harmless(self) -> bool:
+        """Whether the accuracy does not fall by more than two standard errors."""
+        return self.change >= -2 * self.standard_error
 
 
 @dataclass(frozen=True)

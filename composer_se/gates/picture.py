@@ -21,13 +21,13 @@ CAPTION = (
     "Lines that lie together: the gates do the same whatever the class. Lines that part: they choose channels by "
     "class. A thin band with all lines on it: a fixed scale, which needs no block. Below left: the share of the gates' "
     "variance over images that the class explains; it usually grows with depth. Below right: the accuracy when the "
-    "gates of one layer are fixed at their means, with two standard errors. A layer whose error bar reaches 0 may do "
-    "without its block: the mean gates can be multiplied into the conv."
+    "gates of one layer are fixed at their means, with two standard errors. A layer whose error bar reaches 0 or ends "
+    "above it may do without its block: the mean gates can be multiplied into the conv."
 )
 
 # Five of Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-_MOST_PANELS = 16
+_MOST_PANELS = 20
 
 
 def pictured_classes(analysis: Analysis) -> list[int]:
@@ -41,7 +41,7 @@ def draw(trained: Trained, analysis: Analysis, path: Path) -> None:
 
     Args:
         trained: What was analysed.
-        analysis: The analysis; of many layers, 16 evenly spread ones get a panel.
+        analysis: The analysis; of many layers, 20 evenly spread ones get a panel.
         path: The file; its ending names the format.
     """
     from matplotlib.figure import Figure

@@ -44,18 +44,16 @@ def print_analysis(trained: Trained, analysis: Analysis, console: Console) -> No
             f"{gates.share_near_1:.0%}",
             f"{layer.class_share:.0%}",
             f"{100 * ablation.change:+.2f} ± {100 * ablation.standard_error:.2f}",
-            style="dim" if ablation.within_noise else "",
+            style="dim" if ablation.harmless else "",
         )
     console.print(table)
     console.print(f"Accuracy with all gates: {analysis.accuracy:.2%}", highlight=False)
-    spare = sorted(
-        (layer for layer in analysis.layers if layer.ablation.within_noise), key=lambda x: -x.ablation.change
-    )
+    spare = sorted((layer for layer in analysis.layers if layer.ablation.harmless), key=lambda x: -x.ablation.change)
     if spare:
         names = ", ".join(layer.name for layer in spare)
         console.print(
-            f"Fixing the gates of one of these changes the accuracy by no more than noise, least harm first: {names}. "
-            "To train without them, give their names to exclude.",
+            f"Each of these {len(spare)} could have its gates fixed, alone, without harm to the accuracy beyond two "
+            f"standard errors; best first: {names}. To train without them, give their names to exclude.",
             highlight=False,
         )
 
@@ -71,12 +69,13 @@ def as_json(trained: Trained, analysis: Analysis) -> dict[str, Any]:
                 "name": layer.name,
                 **asdict(layer.overall),
                 "class_share": layer.class_share,
-                "with_fixed_gates": {**asdict(layer.ablation), "within_noise": layer.ablation.within_noise},
+                "with_fixed_gates": {**asdict(layer.ablation), "harmless": layer.ablation.harmless},
                 "by_class": {
                     name: None if gates is None else asdict(gates)
                     for name, gates in zip(names, layer.by_class, strict=True)
                 },
                 "channel_means": _rounded(layer.channel_means),
+                "channel_stds": _rounded(layer.channel_stds),
                 "channel_means_by_class": {names[k]: _rounded(layer.class_channel_means[k]) for k in pictured},
             }
         )

@@ -20,11 +20,10 @@ _MOST_POINTS = 300
 _MOST_NAMES = 6
 
 
-def line_plot(name: str, title: str, y_label: str, lines: Mapping[str, Series], *, by_depth: bool = False) -> str:
+def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth: bool = False) -> str:
     """Draws lines over batches.
 
     Args:
-        name: Unique on the page.
         title: Above the plot.
         y_label: What the values are, with their unit.
         lines: Label to points. Long ones are drawn as means over as many parts as fit.
@@ -61,7 +60,8 @@ def line_plot(name: str, title: str, y_label: str, lines: Mapping[str, Series], 
         # Below the plot, where it hides no line.
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8)
     buffer = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    # With one salt the ids of two plots are the same only where what they name is.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "composer-se", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_TEXT, "currentColor")

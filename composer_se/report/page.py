@@ -31,9 +31,10 @@ figure img { border-radius: .4rem; background: #ffffff; min-width: 42rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; width: 100%; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; vertical-align: bottom; }
+th { color: var(--quiet); font-weight: 600; vertical-align: bottom; white-space: normal; }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--card); }
 th:first-child, td:first-child, td.words { text-align: left; }
-tr.marked td { background: var(--marked); }
+tr.marked td, tr.marked td:first-child { background: var(--marked); }
 pre { margin: 0; overflow-x: auto; font: .82rem/1.45 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 30rem) { body { padding: .6rem .5rem 2rem; } section { padding: .8rem .7rem; } }

@@ -52,11 +52,11 @@ def curves(lines: Lines) -> str:
     }
     plots = []
     if loss[0]:
-        plots.append(line_plot("loss", "Training loss", "cross entropy (nats)", {"training": loss}))
+        plots.append(line_plot("Training loss", "cross entropy (nats)", {"training": loss}))
     if accuracy:
-        plots.append(line_plot("accuracy", "Accuracy", "accuracy (%)", accuracy))
+        plots.append(line_plot("Accuracy", "accuracy (%)", accuracy))
     if rates:
-        plots.append(line_plot("rate", "Learning rate", "learning rate", rates))
+        plots.append(line_plot("Learning rate", "learning rate", rates))
     return section("Curves", _figures(plots)) if plots else ""
 
 
@@ -67,7 +67,6 @@ def gates_in_training(lines: Lines) -> str:
         return ""
     plots = [
         line_plot(
-            f"gates-{statistic}",
             title,
             y_label,
             {layer: _series(lines, f"gates/{statistic}/{layer}") for layer in layers},
@@ -122,11 +121,11 @@ def gates_after_training(analysis: dict[str, Any] | None, picture: str | None) -
                 change,
             ]
         )
-        marked.append(not fixed["within_noise"])
+        marked.append(not fixed["harmless"])
     text = (
         f"On {analysis['num_images']:,} held-out images of {escape(analysis['data'])}, with an accuracy of "
-        f"{analysis['accuracy']:.2%}. Marked: layers whose gates can't be fixed at their means without changing the "
-        "accuracy by more than two standard errors."
+        f"{analysis['accuracy']:.2%}. Marked: layers whose gates, fixed at their means, cost more accuracy than two "
+        "standard errors."
     )
     image = f'<figure class="wide"><img alt="Gates by class and layer" src="{picture}"></figure>' if picture else ""
     return section("Gates after training", image, f'<p class="quiet">{text}</p>', table(head, rows, marked))
