@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format cost clean
+.PHONY: help train test check format cost gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 	$(BIN)/composer-se cost --model resnet50 --instances 3 --repeats 3 \
 	    --json docs/cost-resnet50.json --plot docs/cost-resnet50.svg
 	$(BIN)/python docs/update_readme.py
+
+gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
+	$(BIN)/python docs/measure_gate_monitor.py
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .

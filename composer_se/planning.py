@@ -313,13 +313,13 @@ def _without_own_name(conv: ConvPlan) -> str:
 
 
 def _span(numbers: list[int]) -> str:
-    """`3`, or `[1-5]`, or `[0,2,7]`."""
+    """`3`, or `{1..5}`, or `{0,2,7}`: no glob patterns, in which a range has one digit."""
     numbers = sorted(numbers)
     if len(numbers) == 1:
         return str(numbers[0])
     if len(numbers) == numbers[-1] - numbers[0] + 1:
-        return f"[{numbers[0]}-{numbers[-1]}]"
-    return f"[{','.join(map(str, numbers))}]"
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    return f"{{{','.join(map(str, numbers))}}}"
 
 
 def _cells(conv: ConvPlan) -> tuple[str, ...]:

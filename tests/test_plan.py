@@ -144,7 +144,7 @@ def test_groups_cover_every_conv_once() -> None:
     assert len(grouped) < len(planned.convs) / 2
     assert sum(group.num_convs for group in grouped) == len(planned.convs)
     assert sum(group.num_convs * group.added_parameters for group in grouped) == planned.added_parameters
-    assert "layer3.[0-5].conv3" in [group.name for group in grouped]
+    assert "layer3.{0..5}.conv3" in [group.name for group in grouped]
 
 
 def test_products_are_few_and_exact() -> None:
@@ -181,7 +181,7 @@ def test_command_prints_a_table_of_80_columns(capsys: pytest.CaptureFixture[str]
     assert main(["plan", "--model", "resnet50", "--image-size", "224", "--min-channels", "512"]) == 0
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= 80
-    assert "layer4.[0-2].conv3" in out
+    assert "layer4.{0..2}.conv3" in out
     assert "22 of 53 convs" in out
 
 

@@ -1,6 +1,6 @@
 """What `GateMonitor` adds to training at its default interval: counted, and timed within one run.
 
-    python benchmarks/gate_monitor_overhead.py
+    make gate-monitor-overhead
 
 Trains a ResNet with Squeeze-and-Excitation for two intervals. Operators and the numbers they read and write are counted
 exactly for an observed batch and for one that is not; the difference, spread over the interval, is the overhead. Times
