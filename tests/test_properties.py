@@ -253,13 +253,13 @@ def train_and_evaluate(model: nn.Module, images: Tensor) -> list[Tensor]:
 @given(model=models(), options=selections())
 def test_forward_keeps_shape_and_dtype_and_backward_runs(model: nn.Module, options: dict[str, Any]) -> None:
     images = images_for(model)
-    plain = copy.deepcopy(model)
+    plain = copy.deepcopy(model).requires_grad_()  # SE layers bring gradients to frozen models too
     try:
         expected = [train_and_evaluate(plain, images) for _ in range(2)]
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
-        assume(False)  # two rectifiers in a row, the second in place: no network trains like that
+        assume(False)  # two rectifiers in a row, the second in place, for instance: it never trains
     chosen = {choice.name for choice in select_convs(model, **without_inplace(options)).chosen}
     added = composer_se.apply_squeeze_excite(model, **options)
     assert set(added) == chosen
