@@ -68,7 +68,8 @@ def test_ddp(two_processes: Path) -> None:
 
 def test_fsdp2(two_processes: Path, record_property: Callable[[str, object], None]) -> None:
     """FSDP2 in Composer's configuration, on two CPU processes: the weights of one process with the whole batch."""
-    record_property("note", "Composer's FSDP1 takes a CUDA device by itself: not shown here")
+    record_property("note", "on the CPU it adds up gradients where DDP averages, with or without SE; lr is divided")
+    record_property("note", "FSDP1 asks for a CUDA device in Composer: not tried")
     assert_same_as_one_process(two_processes, "fsdp2")
 
 
@@ -89,7 +90,7 @@ def test_two_nodes(tmp_path: Path) -> None:
 
 def test_dead_rank(tmp_path: Path) -> None:
     """One rank of two killed in mid-epoch: the launcher ends, the same command resumes."""
-    arguments = ("digits", *TINY, "max_duration=40ep", "save_interval=5ba", "eval_interval=40ep")
+    arguments = ("digits", *TINY, "max_duration=12ep", "save_interval=5ba", "eval_interval=12ep")
     with (tmp_path / "output.txt").open("w") as output:
         launcher = subprocess.Popen(
             command(*arguments, processes=2), cwd=tmp_path, env=environment(), stdout=output, stderr=subprocess.STDOUT
