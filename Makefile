@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format cost gate-monitor-overhead clean soak newest-torch compatibility
+.PHONY: help train test check soak newest-torch compatibility format cost gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -31,6 +31,7 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
 	$(BIN)/python docs/measure_gate_monitor.py
+
 soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for about an hour
 	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py
 
