@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check format cost gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility format cost gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,6 +32,18 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
 	$(BIN)/python docs/measure_gate_monitor.py
 
+soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for about an hour
+	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py
+
+newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, without Composer
+	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-torch/bin/python -m pytest tests/test_without_composer.py tests/test_ops.py \
+	    tests/test_modules.py tests/test_selection.py tests/test_surgery.py tests/test_functional.py \
+	    tests/test_properties.py tests/test_compat_export.py
+
+compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
+	$(PYTEST) -n 2 --junitxml=build/compatibility.xml tests/test_compat_*.py
+	$(BIN)/python tests/compatibility_table.py build/compatibility.xml > docs/compatibility.md
+
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -46,6 +58,11 @@ $(VENV)/recipes.stamp: pyproject.toml | $(VENV)/bin/python
 $(VENV)/dev.stamp: pyproject.toml | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@ $(VENV)/recipes.stamp
+
+.venv-torch/stamp: Makefile
+	$(PYTHON) -m venv .venv-torch
+	.venv-torch/bin/python -m pip install --quiet torch==2.13.0 numpy pytest hypothesis
+	@touch $@
 
 clean: ## remove the environments and the runs
 	rm -rf $(VENV) .venv-* runs

@@ -178,7 +178,8 @@ def select_convs(
 
     reasons = {conv: why_not(conv) for conv in names}
     if min_channels == "auto":
-        largest = max((count(conv) for conv, reason in reasons.items() if reason is None), default=1)
+        # With those that have a block, so that the threshold does not sink when the same call is made again.
+        largest = max((count(conv) for conv, reason in reasons.items() if reason in (None, HAS_SE)), default=1)
         threshold = min(RECOMMENDED_MIN_CHANNELS, largest)
     else:
         threshold = int(min_channels)

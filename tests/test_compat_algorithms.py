@@ -105,7 +105,8 @@ RESUMABLE = [name for name in ALGORITHMS if name not in ("StochasticDepth", "Lay
 def test_composer_algorithms(
     name: str, order: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    """Composer's algorithms, SE first and last in the list: trained, saved, resumed."""
+    """Composer's algorithms, SE first and last in the list: trained, saved, resumed to the same weights."""
+    record_property("row", name)
     whole = train(in_order(name, order), tmp_path / "whole")
     before = se_weights(whole)
     whole.fit()
