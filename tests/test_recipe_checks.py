@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from composer_se.errors import UserError
+from composer_se.recipe.fit import check_network_takes
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.plan import make_plan
 from composer_se.recipe.run import run_recipe
+from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import TRAINER_KEYS, Recipe
 from composer_se.train import main
 
@@ -109,10 +113,36 @@ def test_pattern_that_matches_no_conv_is_refused(recipe: str) -> None:
     assert [path.name for path in Path().iterdir()] == ["good.yaml"]
 
 
+def test_refused_run_leaves_what_other_runs_wrote_meanwhile(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import composer
+
+    other = Path("runs/other/checkpoints/latest-rank0.pt")
+
+    class MeanwhileAnotherRunStarts(composer.Trainer):
+        def __init__(self, **options: Any) -> None:
+            other.parent.mkdir(parents=True)
+            other.touch()
+            super().__init__(**options)
+
+    monkeypatch.setattr(composer, "Trainer", MeanwhileAnotherRunStarts)
+    with pytest.raises(UserError, match=r"'blocks\*'"):
+        run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
+    assert other.exists()
+    assert not Path("runs/good").exists()
+
+
 def test_network_for_other_images_is_refused(recipe: str) -> None:
     with pytest.raises(UserError, match=r"model: resnet18 does not take the images .* 1 channels and 8x8 pixels"):
         run_recipe(recipe, ["model={name: resnet18, num_classes: 10}"])
     assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+def test_trying_a_network_on_an_image_leaves_every_module_in_its_mode() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.Sequential(nn.ReLU()))
+    for image in (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)):
+        with contextlib.suppress(UserError):
+            check_network_takes(network, image, "network")
+        assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import shutil
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from composer import Trainer
 
     from composer_se.recipe.metrics_file import MetricsFile
-    from composer_se.recipe.plan import Component, DataPlan, Plan
+    from composer_se.recipe.run_plan import Component, DataPlan, RunPlan
     from composer_se.recipe.schema import Recipe
 
 __all__ = ["run_recipe"]
@@ -62,7 +63,7 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 def _run(recipe: Recipe, started: float) -> int:
     _quiet()
-    from composer_se.recipe.plan import make_plan
+    from composer_se.recipe.run_plan import make_plan
 
     plan = make_plan(recipe)
     finished = _agree_on_run_folder(recipe)
@@ -75,8 +76,8 @@ def _run(recipe: Recipe, started: float) -> int:
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     trainer.close()
     if _is_global_rank_zero():
-        from composer_se.recipe.report import print_summary
         from composer_se.recipe.run_folder import write_summary
+        from composer_se.recipe.summary_table import print_summary
 
         write_summary(recipe, summary)
         _write_report(recipe)
@@ -120,7 +121,7 @@ def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     return decision[0]
 
 
-def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
+def _build(recipe: Recipe, plan: RunPlan) -> tuple[Trainer, MetricsFile]:
     from composer import Trainer
     from composer.models import ComposerClassifier
     from composer.utils import reproducibility
@@ -168,15 +169,30 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
         component = _component_at_fault(error, algorithms, plan)
         if component is None:
             raise
-        if new_folders and _is_global_rank_zero():
-            shutil.rmtree(new_folders[-1], ignore_errors=True)
+        if _is_global_rank_zero():
+            _remove(new_folders)
         raise UserError(f"{component.path}: {one_line(error)}") from error
     if _is_global_rank_zero():
         write_recipe(recipe)
     return trainer, metrics
 
 
-def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
+def _remove(new_folders: list[Path]) -> None:
+    """Removes the run folder, and the folders above it as long as no other run has put anything there meanwhile.
+
+    Args:
+        new_folders: The run folder and those above it, upwards, that did not exist before this run.
+    """
+    if not new_folders:
+        return
+    run_folder, *parents = new_folders
+    shutil.rmtree(run_folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        for parent in parents:
+            parent.rmdir()
+
+
+def _build_data(recipe: Recipe, plan: RunPlan) -> tuple[Any, Any]:
     import torch
     from composer.utils import dist
 
@@ -200,7 +216,7 @@ def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
     return train_loader, eval_loader
 
 
-def _num_classes(network: Any, plan: Plan) -> int | None:
+def _num_classes(network: Any, plan: RunPlan) -> int | None:
     """The number of outputs: the network's own word, the recipe's, or the default of the network's builder."""
     if hasattr(network, "num_classes"):
         return None  # ComposerClassifier asks the network
@@ -208,7 +224,7 @@ def _num_classes(network: Any, plan: Plan) -> int | None:
     return plan.model.arguments.get("num_classes", default)
 
 
-def _component_at_fault(error: Exception, algorithms: list[Any], plan: Plan) -> Component | None:
+def _component_at_fault(error: Exception, algorithms: list[Any], plan: RunPlan) -> Component | None:
     """The algorithm whose `apply` rejected the recipe's network, if the error comes from one."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for algorithm, component in zip(algorithms, plan.algorithms, strict=True):
@@ -227,7 +243,7 @@ def _show_start(recipe: Recipe, trainer: Trainer) -> None:
 
 
 def _show_finished(recipe: Recipe, summary: dict[str, Any]) -> None:
-    from composer_se.recipe.report import print_summary
+    from composer_se.recipe.summary_table import print_summary
 
     if ranks.is_local_rank_zero():
         print_summary(summary)
