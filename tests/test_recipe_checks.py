@@ -11,8 +11,8 @@ import torch
 
 from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.plan import make_plan
 from composer_se.recipe.run import run_recipe
+from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import TRAINER_KEYS, Recipe
 from composer_se.train import main
 

@@ -93,8 +93,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     from composer_se.cost.plot import plot_formats, plot_study
-    from composer_se.cost.report import print_study, write_json
     from composer_se.cost.study import measure
+    from composer_se.cost.tables import print_study, write_json
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)

@@ -16,7 +16,7 @@ from composer_se.errors import UserError
 from composer_se.gate_statistics import se_blocks
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.messages import one_line
-from composer_se.recipe.plan import Plan, make_plan
+from composer_se.recipe.run_plan import RunPlan, make_plan
 
 if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
@@ -119,7 +119,7 @@ def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
     )
 
 
-def _load(plan: Plan, checkpoint: Path, device: str) -> nn.Module:
+def _load(plan: RunPlan, checkpoint: Path, device: str) -> nn.Module:
     from composer import Trainer
     from composer.models import ComposerClassifier
 
@@ -145,7 +145,7 @@ def _load(plan: Plan, checkpoint: Path, device: str) -> nn.Module:
     return loaded.module.to(device).eval()
 
 
-def _held_out(recipe: Recipe, plan: Plan) -> tuple[Iterable[Any], Sequence[str] | None]:
+def _held_out(recipe: Recipe, plan: RunPlan) -> tuple[Iterable[Any], Sequence[str] | None]:
     from composer_se.recipe.arguments import construct
     from composer_se.recipe.dataloaders import build_dataloader
 

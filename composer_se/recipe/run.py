@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from composer import Trainer
 
     from composer_se.recipe.metrics_file import MetricsFile
-    from composer_se.recipe.plan import Component, DataPlan, Plan
+    from composer_se.recipe.run_plan import Component, DataPlan, RunPlan
     from composer_se.recipe.schema import Recipe
 
 __all__ = ["run_recipe"]
@@ -62,7 +62,7 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 def _run(recipe: Recipe, started: float) -> int:
     _quiet()
-    from composer_se.recipe.plan import make_plan
+    from composer_se.recipe.run_plan import make_plan
 
     plan = make_plan(recipe)
     finished = _agree_on_run_folder(recipe)
@@ -75,8 +75,8 @@ def _run(recipe: Recipe, started: float) -> int:
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     trainer.close()
     if _is_global_rank_zero():
-        from composer_se.recipe.report import print_summary
         from composer_se.recipe.run_folder import write_summary
+        from composer_se.recipe.summary_table import print_summary
 
         write_summary(recipe, summary)
         _write_report(recipe)
@@ -120,7 +120,7 @@ def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     return decision[0]
 
 
-def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
+def _build(recipe: Recipe, plan: RunPlan) -> tuple[Trainer, MetricsFile]:
     from composer import Trainer
     from composer.models import ComposerClassifier
     from composer.utils import reproducibility
@@ -176,7 +176,7 @@ def _build(recipe: Recipe, plan: Plan) -> tuple[Trainer, MetricsFile]:
     return trainer, metrics
 
 
-def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
+def _build_data(recipe: Recipe, plan: RunPlan) -> tuple[Any, Any]:
     import torch
     from composer.utils import dist
 
@@ -200,7 +200,7 @@ def _build_data(recipe: Recipe, plan: Plan) -> tuple[Any, Any]:
     return train_loader, eval_loader
 
 
-def _num_classes(network: Any, plan: Plan) -> int | None:
+def _num_classes(network: Any, plan: RunPlan) -> int | None:
     """The number of outputs: the network's own word, the recipe's, or the default of the network's builder."""
     if hasattr(network, "num_classes"):
         return None  # ComposerClassifier asks the network
@@ -208,7 +208,7 @@ def _num_classes(network: Any, plan: Plan) -> int | None:
     return plan.model.arguments.get("num_classes", default)
 
 
-def _component_at_fault(error: Exception, algorithms: list[Any], plan: Plan) -> Component | None:
+def _component_at_fault(error: Exception, algorithms: list[Any], plan: RunPlan) -> Component | None:
     """The algorithm whose `apply` rejected the recipe's network, if the error comes from one."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for algorithm, component in zip(algorithms, plan.algorithms, strict=True):
@@ -227,7 +227,7 @@ def _show_start(recipe: Recipe, trainer: Trainer) -> None:
 
 
 def _show_finished(recipe: Recipe, summary: dict[str, Any]) -> None:
-    from composer_se.recipe.report import print_summary
+    from composer_se.recipe.summary_table import print_summary
 
     if ranks.is_local_rank_zero():
         print_summary(summary)

@@ -20,7 +20,7 @@ from composer_se.recipe.models import network_builder
 from composer_se.recipe.registry import resolve
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["Component", "Plan", "make_plan"]
+__all__ = ["Component", "RunPlan", "make_plan"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DataPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """All components of a run."""
 
     model: Component
@@ -64,7 +64,7 @@ class Plan:
     loggers: list[Component] = field(default_factory=list)
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe) -> RunPlan:
     """Checks a recipe and says what it will build.
 
     Raises:
@@ -73,7 +73,7 @@ def make_plan(recipe: Recipe) -> Plan:
     _check_batch_sizes(recipe)
     _check_machine(recipe)
     _check_durations(recipe)
-    plan = Plan(
+    plan = RunPlan(
         model=_plan_model(recipe.model),
         train_data=_plan_data("train_dataset", recipe.train_dataset),
         eval_data=_plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
