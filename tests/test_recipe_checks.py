@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,6 +108,24 @@ def test_pattern_that_matches_no_conv_is_refused(recipe: str) -> None:
     with pytest.raises(UserError, match=r"algorithms\.squeeze_excite.*'blocks\*'"):
         run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
     assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+def test_refused_run_leaves_what_other_runs_wrote_meanwhile(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import composer
+
+    other = Path("runs/other/checkpoints/latest-rank0.pt")
+
+    class MeanwhileAnotherRunStarts(composer.Trainer):
+        def __init__(self, **options: Any) -> None:
+            other.parent.mkdir(parents=True)
+            other.touch()
+            super().__init__(**options)
+
+    monkeypatch.setattr(composer, "Trainer", MeanwhileAnotherRunStarts)
+    with pytest.raises(UserError, match=r"'blocks\*'"):
+        run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
+    assert other.exists()
+    assert not Path("runs/good").exists()
 
 
 def test_network_for_other_images_is_refused(recipe: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import shutil
@@ -168,12 +169,27 @@ def _build(recipe: Recipe, plan: RunPlan) -> tuple[Trainer, MetricsFile]:
         component = _component_at_fault(error, algorithms, plan)
         if component is None:
             raise
-        if new_folders and _is_global_rank_zero():
-            shutil.rmtree(new_folders[-1], ignore_errors=True)
+        if _is_global_rank_zero():
+            _remove(new_folders)
         raise UserError(f"{component.path}: {one_line(error)}") from error
     if _is_global_rank_zero():
         write_recipe(recipe)
     return trainer, metrics
+
+
+def _remove(new_folders: list[Path]) -> None:
+    """Removes the run folder, and the folders above it as long as no other run has put anything there meanwhile.
+
+    Args:
+        new_folders: The run folder and those above it, upwards, that did not exist before this run.
+    """
+    if not new_folders:
+        return
+    run_folder, *parents = new_folders
+    shutil.rmtree(run_folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not empty
+        for parent in parents:
+            parent.rmdir()
 
 
 def _build_data(recipe: Recipe, plan: RunPlan) -> tuple[Any, Any]:
