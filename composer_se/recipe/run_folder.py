@@ -14,10 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from composer_se.errors import UserError
-from composer_se.recipe.load import as_yaml
+from composer_se.recipe.load import as_yaml, load_recipe
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["check_unchanged", "metrics_file", "read_finished", "write_recipe", "write_summary"]
@@ -78,13 +76,19 @@ def check_unchanged(recipe: Recipe) -> None:
     """Refuses to continue a run with a recipe that would have led elsewhere.
 
     Raises:
-        UserError: The run has a checkpoint, and its recipe differs in a key that matters.
+        UserError: The run is complete or has a checkpoint, and its recipe differs in a key that matters.
     """
     path = Path(recipe.run_folder) / "recipe.yaml"
-    if not path.is_file() or not _may_have_checkpoint(recipe):
+    if not path.is_file() or not _is_under_way(recipe):
         return
-    before = _flatten(OmegaConf.to_container(OmegaConf.load(path)))
-    now = _flatten(dataclasses.asdict(recipe))
+    try:
+        stored = load_recipe(str(path.absolute()))  # with defaults for keys that the version it ran on did not know
+    except UserError as error:
+        raise UserError(
+            f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
+            "choose another name (run_name=...) or delete the folder"
+        ) from error
+    before, now = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(recipe))
     changed = [
         key
         for key in sorted({*before, *now})
@@ -112,10 +116,12 @@ def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     temporary.replace(temporary.with_suffix(""))
 
 
-def _may_have_checkpoint(recipe: Recipe) -> bool:
-    if "://" in recipe.save_folder:
+def _is_under_way(recipe: Recipe) -> bool:
+    """Whether the run is complete or may have a checkpoint, here or where this recipe would look for one."""
+    if "://" in recipe.save_folder or (Path(recipe.run_folder) / "summary.json").is_file():
         return True
-    return any(Path(recipe.save_folder).glob("latest-rank*.pt"))
+    checkpoint = "latest-rank*.pt"
+    return any(Path(recipe.run_folder).rglob(checkpoint)) or any(Path(recipe.save_folder).glob(checkpoint))
 
 
 def _flatten(content: Any, path: str = "") -> dict[str, Any]:
