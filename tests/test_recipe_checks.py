@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from composer_se.errors import UserError
+from composer_se.recipe.fit import check_network_takes
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run import run_recipe
 from composer_se.recipe.run_plan import make_plan
@@ -132,6 +135,14 @@ def test_network_for_other_images_is_refused(recipe: str) -> None:
     with pytest.raises(UserError, match=r"model: resnet18 does not take the images .* 1 channels and 8x8 pixels"):
         run_recipe(recipe, ["model={name: resnet18, num_classes: 10}"])
     assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+def test_trying_a_network_on_an_image_leaves_every_module_in_its_mode() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.Sequential(nn.ReLU()))
+    for image in (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)):
+        with contextlib.suppress(UserError):
+            check_network_takes(network, image, "network")
+        assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
 @pytest.mark.parametrize(

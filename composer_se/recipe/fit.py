@@ -22,7 +22,7 @@ def check_network_takes(network: nn.Module, image: Tensor, name: str) -> None:
     Raises:
         UserError: The network can't be run on the image.
     """
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():
             network.eval()(image[None])
@@ -33,4 +33,5 @@ def check_network_takes(network: nn.Module, image: Tensor, name: str) -> None:
             f"pixels ({one_line(error)}); choose a model for such images, or set its input arguments"
         ) from error
     finally:
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training
