@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from composer_se.cost.machine import Machine
+from composer_se.cost.statistics import Ratio
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -63,10 +66,9 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _ratio(ratio: dict[str, Any]) -> str:
-    if ratio["resolution"] is None:
-        return "not resolved"
-    spread = f"±{ratio['resolution']:.2f}"
-    return f"{ratio['value']:.2f} {spread}" if ratio["resolved"] else f"{ratio['value']:.2f} (within {spread})"
+    values: dict[str, Any] = {field.name: ratio[field.name] for field in fields(Ratio)}
+    values |= {name: math.nan for name, value in values.items() if value is None}  # JSON knows no NaN
+    return str(Ratio(**values))
 
 
 def with_cost_table(readme: str) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import math
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -92,10 +97,56 @@ def test_linked_files_exist() -> None:
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-def test_cost_table_is_the_one_that_was_measured() -> None:
+def load_update_readme() -> ModuleType:
     spec = importlib.util.spec_from_file_location("update_readme", ROOT / "docs" / "update_readme.py")
     assert spec is not None
     assert spec.loader is not None
     update_readme = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(update_readme)
+    return update_readme
+
+
+def test_cost_table_spells_ratios_as_the_command_does() -> None:
+    from composer_se.cost import tables
+    from composer_se.cost.machine import describe_machine
+    from composer_se.cost.statistics import Ratio
+
+    update_readme = load_update_readme()
+    shown = (
+        Ratio(1.0123, 1.0103, 1.0143, 1.0, 1.02, resolved=True),
+        Ratio(1.012, 0.982, 1.042, 1.0, 1.02, resolved=False),
+        Ratio(*[math.nan] * 5, resolved=False),
+    )
+    ratios = dict(zip(update_readme.KINDS, map(tables._ratio, shown), strict=True))
+    found = {
+        "rows": [
+            {
+                "code": "composer-se",
+                "layers": ["conv"],
+                "passes": [11],
+                "ratios": {"parameters": 1, "multiply_adds": 1, "saved_bytes": 1},
+                "times": {kind: {"ratio": ratio} for kind, ratio in ratios.items()},
+            }
+        ],
+        "against_composer": [
+            {"min_channels": "8", **{kind: {"time": ratio, "overhead": ratio} for kind, ratio in ratios.items()}}
+        ],
+        "settings": {
+            "batch_size": 2,
+            "image_size": 8,
+            "precision": "fp32",
+            "squeeze_excite": {"latent_channels": 4, "min_channels_of": "output"},
+            "instances": 2,
+            "rounds": 1,
+        },
+        "machine": asdict(describe_machine(torch.device("cpu"))),
+    }
+    table = update_readme.cost_table(json.loads(json.dumps(found)))
+    assert " | ".join(map(str, shown)) in table
+    for kind, ratio in zip(update_readme.KINDS, shown, strict=True):
+        assert table.count(f"{kind} {ratio}") == 2
+
+
+def test_cost_table_is_the_one_that_was_measured() -> None:
+    update_readme = load_update_readme()
     assert update_readme.with_cost_table(README) == README
