@@ -115,6 +115,10 @@ def test_a_run_prints_tables_of_80_columns_and_writes_json_and_plot(capsys):
         (["my_networks:tiny", "--min-channels", "1000"], "fits no conv"),
         (["my_networks:tiny", "--latent-channels", "0"], "--latent-channels 0"),
         (["my_networks:tiny", "--latent-channels", "1.5"], "--latent-channels 1.5"),
+        (["my_networks:tiny", "--latent-channels", "nan"], "--latent-channels nan"),
+        (["my_networks:tiny", "--min-channels", "8,3.5"], "--min-channels 3.5"),
+        (["my_networks:tiny", "--min-channels", "8,"], "--min-channels : min_channels is ''"),
+        (["my_networks:tiny", "--min-channels-of", "both", "--json", "x" * 300], "too long"),
         (["my_networks:tiny", "--instances", "1"], "at least 2"),
         (["my_networks:tiny", "--device", "abacus"], "--device abacus"),
         (["my_networks:tiny", "--json", "no/folder/x.json"], "--json no/folder/x.json"),
@@ -127,6 +131,42 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys):
     assert printed.out == ""
     assert message in printed.err
     assert len(printed.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_full_disk_after_the_measurement_is_one_line_below_the_tables(option, capsys):
+    Path("full.svg").symlink_to("/dev/full")
+    assert main(["cost", "my_networks:tiny", "--min-channels", "8", option, "full.svg", *SMALL]) == 2
+    printed = capsys.readouterr()
+    assert "training step" in printed.out
+    assert (
+        printed.err.strip() == f"composer-se cost: error: {option} full.svg: can't be written: No space left on device"
+    )
+
+
+def test_what_fails_before_the_measurement_leaves_the_files_as_they_were(capsys):
+    Path("old.json").write_text("old")
+    files = ["--json", "old.json", "--plot", "new.svg"]
+    assert main(["cost", "my_networks:broken", *files, *SMALL]) == 2
+    assert Path("old.json").read_text() == "old"
+    assert not Path("new.svg").exists()
+
+
+def test_whole_numbers_written_as_fractions_are_widths_as_in_the_library(capsys):
+    options = ["--min-channels", "8.0,8", "--latent-channels", "4.0", "--json", "c.json"]
+    assert main(["cost", "my_networks:tiny", *options, *SMALL]) == 0
+    rows = json.loads(Path("c.json").read_text())["rows"]
+    assert [row["min_channels"] for row in rows] == [None, "8"]
+    assert rows[1]["parameters"] - rows[0]["parameters"] == 2 * 4 * (8 + 16)
+
+
+def test_a_recipes_images_are_measured_in_their_own_size(capsys):
+    Path("digits.yaml").write_text(RECIPE.replace("synthetic", "digits"))
+    few = ["--batch-size", "2", "--device", "cpu", "--repeats", "1", "--instances", "2"]
+    assert main(["cost", "--recipe", "digits.yaml", "--json", "c.json", *few]) == 0
+    assert json.loads(Path("c.json").read_text())["settings"]["image_size"] == 8
+    assert named("--recipe", "recipe.yaml").image_size == 224
+    assert named("my_networks:tiny").image_size is None
 
 
 def test_a_network_that_takes_no_such_images_is_reported_in_one_line(capsys):

@@ -202,6 +202,17 @@ def test_command_takes_settings_and_image_size_from_a_recipe(capsys: pytest.Capt
     assert "multiply-adds of a 8×8 image" in out
 
 
+def test_command_prefers_its_own_image_size_to_the_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--recipe", "digits", "--image-size", "16x24", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["image_size"] == [16, 24]
+
+
+@pytest.mark.parametrize(("option", "value"), [("--latent-channels", "1.5"), ("--min-channels", "many")])
+def test_command_names_the_option_that_is_wrong(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--model", "resnet18", option, value]) == 2
+    assert capsys.readouterr().err.startswith(f"composer-se plan: error: {option} {value}: ")
+
+
 def test_command_says_in_one_line_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "resnet18", "--include", "layer9.*"]) == 2
     error = capsys.readouterr().err

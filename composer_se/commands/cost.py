@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from composer_se.commands.network import NamedNetwork, add_network_arguments, read_network
+from composer_se.commands.widths import read_latent_channels, read_min_channels
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+DEFAULT_IMAGE_SIZE = 224
 DEFAULT_MIN_CHANNELS: tuple[int | str, ...] = (64, 128, 256, 512)
 
 
@@ -51,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images (default: 16)")
     what.add_argument(
-        "--image-size", type=_positive, default=224, metavar="N", help="height and width in pixels (default: 224)"
+        "--image-size", type=_positive, metavar="N", help="height and width in pixels (default: the recipe's, or 224)"
     )
     where = parser.add_argument_group("how it is run")
     where.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UserError: An option is wrong, or the network cannot be built or run.
+        UserError: An option is wrong, the network cannot be built or run, or a file cannot be written.
     """
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -119,9 +122,11 @@ def run(args: argparse.Namespace) -> int:
         study = measure(network.name, built, settings, progress)
     print_study(study, Console())
     if args.json is not None:
-        write_json(study, args.json)
+        with _writing("--json", args.json):
+            write_json(study, args.json)
     if args.plot is not None:
-        plot_study(study, args.plot)
+        with _writing("--plot", args.plot):
+            plot_study(study, args.plot)
     return 0
 
 
@@ -150,7 +155,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
     if args.min_channels_of is not None:
         options["min_channels_of"] = args.min_channels_of
     if args.latent_channels is not None:
-        options["latent_channels"] = _latent_channels(args.latent_channels)
+        options["latent_channels"] = read_latent_channels(args.latent_channels)
     options.setdefault("latent_channels", 64)
     options.setdefault("min_channels_of", "output")
     return Settings(
@@ -158,7 +163,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
         squeeze_excite=options,
         against_composer=args.against == "composer",
         batch_size=args.batch_size,
-        image_size=args.image_size,
+        image_size=args.image_size or network.image_size or DEFAULT_IMAGE_SIZE,
         device=_device(args.device),
         precision=args.precision,
         channels_last=args.channels_last,
@@ -169,28 +174,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
 
 
 def _min_channels(text: str) -> tuple[int | str, ...]:
-    settings: list[int | str] = []
-    for part in text.split(","):
-        part = part.strip()
-        if part != "auto" and not (part.isdecimal() and int(part) >= 1):
-            raise UserError(
-                f"--min-channels {text}: {part or 'nothing'!r} is neither a whole number from 1 on nor 'auto'; "
-                "write, say, 128,256,auto"
-            )
-        setting = part if part == "auto" else int(part)
-        if setting not in settings:
-            settings.append(setting)
-    return tuple(settings)
-
-
-def _latent_channels(text: str) -> int | float:
-    try:
-        value: Any = int(text) if text.lstrip("+-").isdecimal() else float(text)
-    except ValueError:
-        value = None
-    if value is None or not (value >= 1 if isinstance(value, int) else 0 < value < 1):
-        raise UserError(f"--latent-channels {text}: expected a whole number from 1 on, or a share between 0 and 1")
-    return value
+    return tuple(dict.fromkeys(read_min_channels(part.strip()) for part in text.split(",")))
 
 
 def _device(name: str | None) -> torch.device:
@@ -210,8 +194,21 @@ def _device(name: str | None) -> torch.device:
 
 def _check_file(option: str, path: Path | None) -> None:
     """Complains now rather than after the measurement."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UserError(f"{option} {path}: not a file in an existing folder")
+    if path is None:
+        return
+    is_new = not os.path.lexists(path)
+    with _writing(option, path):
+        path.open("a").close()
+        if is_new:
+            path.unlink()  # what fails later shall not leave an empty file
+
+
+@contextmanager
+def _writing(option: str, path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {path}: can't be written: {error.strerror or error}") from error
 
 
 def _positive(text: str) -> int:

@@ -26,11 +26,13 @@ class NamedNetwork:
         name: As the user wrote it.
         build: Makes the plain network on the CPU, with the same weights at every call.
         squeeze_excite: What the recipe says of `algorithms.squeeze_excite`; empty without a recipe.
+        image_size: Height and width in pixels of the recipe's images; None where that is not known.
     """
 
     name: str
     build: Callable[[], nn.Module]
     squeeze_excite: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int | None = None
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,12 +76,18 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 def _read_recipe(name: str) -> NamedNetwork:
     from composer_se.algorithm import SqueezeExcite
     from composer_se.recipe.arguments import check_arguments
+    from composer_se.recipe.image_size import image_size
     from composer_se.recipe.load import load_recipe
 
     recipe = load_recipe(name)
     options = (recipe.algorithms or {}).get("squeeze_excite") or {}
     squeeze_excite = check_arguments(SqueezeExcite, options, "algorithms.squeeze_excite")
-    return NamedNetwork(f"{recipe.model['name']} ({name})", _seeded(lambda: _build_model(recipe.model)), squeeze_excite)
+    return NamedNetwork(
+        f"{recipe.model['name']} ({name})",
+        _seeded(lambda: _build_model(recipe.model)),
+        squeeze_excite,
+        image_size(recipe.train_dataset),
+    )
 
 
 def _build_model(section: Mapping[str, Any]) -> nn.Module:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_se.commands.network import add_network_arguments, read_network
+from composer_se.commands.widths import read_latent_channels, read_min_channels
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size",
         type=_size,
         metavar="N",
-        help="height and width in pixels (N, or HxW), for the sizes of the maps and the multiply-adds (default: those "
-        "of the recipe's images)",
+        help="height and width in pixels (N, or HxW), for sizes of maps and multiply-adds (default: the recipe's)",
     )
     parser.add_argument("--json", metavar="FILE", help="write every conv and the totals to a file; - for stdout")
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     network = read_network(args)
     options = _options(args, network.squeeze_excite)
     try:
-        planned = plan(network.build(), image_size=args.image_size or _size_of_recipe(args.recipe), **options)
+        planned = plan(network.build(), image_size=args.image_size or network.image_size, **options)
     except (TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if args.json == "-":
@@ -107,23 +107,13 @@ def as_json(planned: Plan) -> dict[str, Any]:
 def _options(args: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:
     options = {key: value for key, value in recipe.items() if key != "inplace"}
     given = {
-        "min_channels": _number(args.min_channels),
+        "min_channels": None if args.min_channels is None else read_min_channels(args.min_channels),
         "min_channels_of": args.min_channels_of,
-        "latent_channels": _number(args.latent_channels),
+        "latent_channels": None if args.latent_channels is None else read_latent_channels(args.latent_channels),
         "include": args.include,
         "exclude": args.exclude,
     }
     return options | {key: value for key, value in given.items() if value is not None}
-
-
-def _number(text: str | None) -> Any:
-    """A number where the text is one; what it means is for `plan` to check."""
-    for kind in (int, float):
-        try:
-            return None if text is None else kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -131,13 +121,6 @@ def _size(text: str) -> tuple[int, int]:
     if len(parts) > 2 or not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of pixels nor HxW")
     return int(parts[0]), int(parts[-1])
-
-
-def _size_of_recipe(recipe: str | None) -> int | None:
-    from composer_se.recipe.image_size import image_size
-    from composer_se.recipe.load import load_recipe
-
-    return None if recipe is None else image_size(load_recipe(recipe).train_dataset)
 
 
 def _table(name: str, planned: Plan) -> Table:
