@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def test_refused_run_leaves_what_other_runs_wrote_meanwhile(recipe: str, monkeyp
         run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
     assert other.exists()
     assert not Path("runs/good").exists()
+
+
+def test_run_leaves_the_logging_of_the_process_as_it_was(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("composer_se")
+    monkeypatch.setattr(log, "handlers", [])
+    before = (log.handlers.copy(), log.level, log.propagate)
+    with pytest.raises(UserError):
+        run_recipe(recipe, ["algorithms.squeeze_excite.include=blocks*"])
+    assert (log.handlers, log.level, log.propagate) == before
 
 
 def test_network_for_other_images_is_refused(recipe: str) -> None:

@@ -61,6 +61,7 @@ def test_run_leaves_its_folder_and_a_table(uninterrupted: Path) -> None:
         "checkpoints",
         "metrics.jsonl",
         "recipe.yaml",
+        "report.html",
         "summary.json",
     ]
     lines = read_lines(uninterrupted)

@@ -9,7 +9,7 @@ import shutil
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +50,8 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
     loaded = load_recipe(recipe, overrides)
     ranks.share_cores()
     try:
-        return _run(loaded, started)
+        with _log_on_terminal():
+            return _run(loaded, started)
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into these
@@ -62,7 +63,6 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 
 def _run(recipe: Recipe, started: float) -> int:
-    _quiet()
     from composer_se.recipe.run_plan import make_plan
 
     plan = make_plan(recipe)
@@ -85,19 +85,26 @@ def _run(recipe: Recipe, started: float) -> int:
     return 0
 
 
-def _quiet() -> None:
+@contextlib.contextmanager
+def _log_on_terminal() -> Iterator[None]:
     """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
     log = logging.getLogger("composer_se")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    level, propagate = log.level, log.propagate
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
     log.setLevel(logging.INFO if ranks.is_local_rank_zero() else logging.WARNING)
     # Composer says this of every evaluation set whose last batch is not full.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     # And this of label smoothing, whose targets add up to one but for rounding.
     warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
