@@ -25,7 +25,7 @@ check: $(VENV)/dev.stamp ## formatting, lint and types
 cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
 	    --instances 4 --repeats 3 --json docs/cost-resnet50-against-composer.json
-	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 3 \
+	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 2 \
 	    --json docs/cost-resnet50.json --plot docs/cost-resnet50.svg
 	$(BIN)/python docs/update_readme.py
 
