@@ -312,8 +312,7 @@ class SqueezeExciteConv2d(nn.Module):
             and _is_untouched(se, SqueezeExcite2d)
             and not any(_GLOBAL_HOOKS)
         )
-        # Nothing watches the block then, so that its call would only lead to its forward: 1 us per layer.
-        return se.forward(conv(input), True) if may_overwrite else se(conv(input), False)
+        return se(conv(input), may_overwrite)
 
     def __getattr__(self, name: str) -> Any:
         try:
