@@ -32,8 +32,8 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
 	$(BIN)/python docs/measure_gate_monitor.py
 
-soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for about an hour
-	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py
+soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for over an hour
+	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py tests/test_recipe_fuzz.py
 
 newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, without Composer
 	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-torch/bin/python -m pytest tests/test_without_composer.py tests/test_ops.py \

@@ -235,7 +235,7 @@ def test_nothing_but_the_four_kernels_touches_a_whole_map(overwrite, monkeypatch
         # The interpreter copies tensors around; what it computes is checked above.
         monkeypatch.setattr(kernels, kernel, Recorder(kernel, launched))
     with FullSizeOperators(u.shape) as seen:
-        out = triton_gate.squeeze_excite(u, block._excite, overwrite)
+        out = triton_gate.squeeze_excite(u, block._excitation(), overwrite)
         torch.autograd.grad(out, [x, *block.parameters()], g)
     assert launched == ["_sum_kernel", "_scale_kernel", "_sum_kernel", "_scale_kernel"]
     assert seen.names == {"mul"}  # the gradient of `x * 1`
@@ -371,7 +371,7 @@ def test_autocast_runs_the_excitation_in_its_own_dtype(overwrite, kernels_everyw
     mlp, plain_x, expected = plainly(block, x)
     with torch.autocast(DEVICE, torch.bfloat16):
         out = block(x.bfloat16())
-        assert block._excite(x.bfloat16().mean((2, 3))).dtype == torch.bfloat16
+        assert block._excitation()(x.bfloat16().mean((2, 3))).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     g = torch.randn_like(out)
     out.backward(g)

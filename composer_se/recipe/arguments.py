@@ -48,8 +48,8 @@ def check_arguments(
     hints = _hints(target)
     converted = {}
     for name, value in given.items():
-        if name not in named and (not takes_any or name in supplied):
-            raise UserError(f"{path}.{name}: unknown argument of {_name(target)}{did_you_mean(name, named)}")
+        if not isinstance(name, str) or (name not in named and (not takes_any or name in supplied)):
+            raise UserError(f"{path}.{name}: unknown argument of {_name(target)}{did_you_mean(str(name), named)}")
         hint = hints.get(name, Any)
         try:
             converted[name] = _convert(value, hint)
@@ -126,7 +126,10 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError
     if inspect.isclass(plain) and issubclass(plain, enum.Enum):
-        return plain(value)
+        try:
+            return plain(value)
+        except TypeError:  # Composer's enumerations raise it for what is not a string
+            raise ValueError from None
     if inspect.isclass(plain) and plain is not object:
         # A class that YAML can't write, such as a Tensor or an object store.
         if isinstance(value, plain):

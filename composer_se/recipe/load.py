@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -23,6 +24,10 @@ __all__ = ["as_yaml", "load_recipe"]
 
 _KEYS = [key.name for key in dataclasses.fields(Recipe)]
 
+# What PyYAML's and OmegaConf's constructors raise, beside errors of their own, for values such as `2024-13-45`,
+# `!!bool maybe` or lists nested a thousand deep.
+_PARSER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, RecursionError)
+
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a recipe and checks it against the schema.
@@ -36,7 +41,8 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         The recipe with defaults filled in and every `${...}` resolved.
 
     Raises:
-        UserError: The file is missing or no YAML, a key is unknown or missing, or a value has the wrong type.
+        UserError: The file is missing or no YAML, a key is unknown or missing, or a value has the wrong type or can't
+            be what the recipe means.
     """
     path = find_recipe(recipe)
     config = OmegaConf.structured(Recipe)
@@ -46,13 +52,16 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             _apply(config, override)
         if OmegaConf.is_missing(config, "run_name"):
             config.run_name = path.stem
-        missing = sorted(OmegaConf.missing_keys(config), key=lambda key: _KEYS.index(key.partition(".")[0]))
+        missing = sorted(OmegaConf.missing_keys(config), key=lambda key: _KEYS.index(re.split(r"[.\[]", key)[0]))
         if missing:
             raise UserError(f"{missing[0]}: required, but the recipe doesn't set it")
         OmegaConf.resolve(config)
         loaded = cast(Recipe, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
+    except _PARSER_ERRORS as error:
+        raise UserError(f"{path}: can't be read: {one_line(error) or type(error).__name__}") from error
+    _check_values(dataclasses.asdict(loaded), "")
     _check_shape(loaded)
     return loaded
 
@@ -69,8 +78,8 @@ def _read(path: Path) -> DictConfig:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         raise UserError(f"{path}: no valid YAML: {where}{one_line(error.problem or error)}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: can't be read: {one_line(error)}") from error
+    except (OSError, yaml.YAMLError, *_PARSER_ERRORS) as error:
+        raise UserError(f"{path}: can't be read: {one_line(error) or type(error).__name__}") from error
     if isinstance(content, ListConfig) or not content:
         raise UserError(f"{path}: a recipe is a mapping with the sections {', '.join(NAMED_SECTIONS)}, ...")
     return cast(DictConfig, content)
@@ -83,10 +92,17 @@ def _apply(config: DictConfig, override: str) -> None:
     try:
         # OmegaConf's own loader, so that 1e-4 is a number here as it is in a recipe file.
         parsed = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''")
-    except yaml.YAMLError as error:
+    except OmegaConfBaseException:
+        raise
+    except (yaml.YAMLError, *_PARSER_ERRORS) as error:
         raise UserError(f"{key}: {text!r} is no valid YAML") from error
     value = cast(dict, OmegaConf.to_container(parsed, resolve=False))["value"]
-    OmegaConf.update(config, key.strip(), value, merge=False)
+    try:
+        OmegaConf.update(config, key.strip(), value, merge=False)
+    except OmegaConfBaseException:
+        raise
+    except _PARSER_ERRORS as error:
+        raise UserError(f"override {override!r}: {one_line(error) or type(error).__name__}") from error
 
 
 def _explain(error: OmegaConfBaseException) -> str:
@@ -96,6 +112,20 @@ def _explain(error: OmegaConfBaseException) -> str:
     if isinstance(error, ConfigKeyError) and "." not in key:
         return f"{key}: unknown key{did_you_mean(key, _KEYS)}"
     return f"{key}: {problem}"
+
+
+def _check_values(value: Any, key: str) -> None:
+    """Refuses what no key means and what could not be written down again or passed on."""
+    if isinstance(value, dict):
+        for name, content in value.items():
+            _check_values(content, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, content in enumerate(value):
+            _check_values(content, f"{key}[{index}]")
+    elif isinstance(value, int) and value.bit_length() > 64:
+        raise UserError(f"{key}: a number of {value.bit_length()} bits is too large")
+    elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{key}: {value!r} holds a character that can't be written to a file")
 
 
 def _check_shape(recipe: Recipe) -> None:

@@ -12,6 +12,8 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
+from composer_se.recipe.failed_writes import replace_file, writing
+
 __all__ = ["MetricsFile"]
 
 
@@ -57,11 +59,8 @@ class MetricsFile(LoggerDestination):
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drops the lines that the run is about to write again."""
         if dist.get_global_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = _lines_until(self.path, int(state.timestamp.epoch), int(state.timestamp.batch))
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(self.path)
+            replace_file(self.path, "".join(kept))
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Writes the line of a training step."""
@@ -82,7 +81,7 @@ class MetricsFile(LoggerDestination):
             return
         time = state.timestamp
         position = {"epoch": int(time.epoch), "batch": int(time.batch), "sample": int(time.sample)}
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(position | pending) + "\n")
 
 

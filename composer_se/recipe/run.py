@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from composer_se.errors import UserError
 from composer_se.recipe import ranks
+from composer_se.recipe.failed_writes import explain_failed_write
 from composer_se.recipe.load import load_recipe
 
 if TYPE_CHECKING:
@@ -44,7 +45,8 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
         The exit code: 0 when the run is complete (now or already before), 130 or 143 when it was interrupted.
 
     Raises:
-        UserError: The recipe is wrong, or the run folder belongs to another recipe. Nothing was written.
+        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
+            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
     """
     started = time.monotonic()
     loaded = load_recipe(recipe, overrides)
@@ -52,6 +54,13 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
     try:
         with _log_on_terminal():
             return _run(loaded, started)
+    except (OSError, RuntimeError) as error:
+        code = _interruption_behind(error)
+        if code is None:
+            complaint = explain_failed_write(error, Path(loaded.run_folder))
+            if complaint is None:
+                raise
+            raise UserError(complaint) from error
     except KeyboardInterrupt:
         code = 130
     except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into these
@@ -60,6 +69,17 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
         code = int(stop.code)
     ranks.say(f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint")
     return code
+
+
+def _interruption_behind(error: BaseException | None) -> int | None:
+    """The exit code of a signal that came while a checkpoint was written: the writer then complains of its file."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, SystemExit) and error.code in (130, 143):
+            return int(error.code)
+        error = error.__context__
+    return None
 
 
 def _run(recipe: Recipe, started: float) -> int:
@@ -108,18 +128,28 @@ def _log_on_terminal() -> Iterator[None]:
 
 
 def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Rank zero, which alone must see the run folder, decides for all whether there is something to train."""
+    """Rank zero, which alone must see the run folder, decides for all whether there is something to train.
+
+    Raises:
+        UserError: On all ranks: the folder holds another recipe's run, or a latest checkpoint that is damaged.
+    """
     from composer.utils import dist
 
+    from composer_se.recipe.checkpoints import check_latest, local_folder, restore_latest
     from composer_se.recipe.run_folder import check_unchanged, read_finished
 
     if dist.get_world_size() > 1:
         dist.initialize_dist(recipe.device, recipe.dist_timeout)
     decision: list[Any] = [None, None]
     if _is_global_rank_zero():
+        checkpoints = local_folder(recipe.save_folder)
         try:
+            if checkpoints:
+                restore_latest(checkpoints)
             check_unchanged(recipe)
             decision[0] = read_finished(recipe)
+            if checkpoints and not decision[0]:
+                check_latest(checkpoints)
         except UserError as error:
             decision[1] = str(error)
     dist.broadcast_object_list(decision)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_se.errors import UserError
+from composer_se.recipe.failed_writes import replace_file
 from composer_se.recipe.load import as_yaml, load_recipe
 from composer_se.recipe.schema import Recipe
 
@@ -104,16 +105,12 @@ def check_unchanged(recipe: Recipe) -> None:
 
 def write_recipe(recipe: Recipe) -> None:
     """Writes the resolved recipe. For rank zero."""
-    folder = Path(recipe.run_folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(as_yaml(recipe))
+    replace_file(Path(recipe.run_folder) / "recipe.yaml", as_yaml(recipe))
 
 
 def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     """Marks the run as complete. For rank zero."""
-    temporary = Path(recipe.run_folder) / "summary.json.tmp"
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(temporary.with_suffix(""))
+    replace_file(Path(recipe.run_folder) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _is_under_way(recipe: Recipe) -> bool:

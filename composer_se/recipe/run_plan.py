@@ -6,6 +6,7 @@ Nothing is built here: no weights, no data, no file.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
     _check_batch_sizes(recipe)
     _check_machine(recipe)
     _check_durations(recipe)
+    _check_numbers(recipe)
     plan = RunPlan(
         model=_plan_model(recipe.model),
         train_data=_plan_data("train_dataset", recipe.train_dataset),
@@ -160,7 +162,7 @@ def _check_machine(recipe: Recipe) -> None:
         raise UserError(f"device_train_microbatch_size: expected a whole number or auto, got {size!r}")
     if size == "auto" and not on_gpu:
         raise UserError("device_train_microbatch_size: auto needs a GPU; set a number, or null for no splitting")
-    if isinstance(size, int | float) and size <= 0:
+    if isinstance(size, int | float) and not size > 0:  # NaN too
         raise UserError(f"device_train_microbatch_size: expected more than 0, got {size}")
 
     precisions = [precision.value for precision in Precision]
@@ -180,7 +182,7 @@ def _check_durations(recipe: Recipe) -> None:
         value = getattr(recipe, key)
         try:
             time = Time.from_input(value, TimeUnit.EPOCH)
-        except (ValueError, RuntimeError, TypeError) as error:
+        except (ValueError, RuntimeError, TypeError, OverflowError) as error:
             raise UserError(f"{key}: expected a duration such as 90ep or 1000ba, got {value!r}") from error
         if key == "max_duration" and time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
             raise UserError(f"{key}: expected epochs, batches or samples (90ep, 1000ba, 100000sp), got {value!r}")
@@ -188,12 +190,23 @@ def _check_durations(recipe: Recipe) -> None:
             raise UserError(f"{key}: expected more than 0, got {value!r}")
 
 
+def _check_numbers(recipe: Recipe) -> None:
+    if not 0 <= recipe.seed < 2**32:
+        raise UserError(f"seed: expected 0 to {2**32 - 1}, got {recipe.seed}")
+    for key in ("scale_schedule_ratio", "dist_timeout"):
+        value = getattr(recipe, key)
+        if not 0 < value < math.inf:
+            raise UserError(f"{key}: expected a number above 0, got {value}")
+    if recipe.scale_schedule_ratio != 1 and recipe.scheduler is None:
+        raise UserError("scale_schedule_ratio: there is no scheduler to scale; add one, or change max_duration instead")
+
+
 def _check_files(recipe: Recipe) -> None:
     for path in ("train_dataset", "eval_dataset"):
         section = getattr(recipe, path)
         if section and section["name"] == "imagenet":
-            folder = Path(section.get("root", "imagenet")) / ("train" if path == "train_dataset" else "val")
-            if not folder.is_dir():
+            folder = Path(str(section.get("root", "imagenet"))) / ("train" if path == "train_dataset" else "val")
+            if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
                 raise UserError(
                     f"{path}.root: the folder {str(folder)!r} does not exist; "
                     "it should hold one folder of images per class"
@@ -202,5 +215,6 @@ def _check_files(recipe: Recipe) -> None:
             raise UserError(
                 f"{path}.name: streaming needs mosaicml-streaming; install it with pip install 'composer-se[streaming]'"
             )
-    if recipe.load_path and "://" not in recipe.load_path and not Path(recipe.load_path).exists():
-        raise UserError(f"load_path: the file {recipe.load_path!r} does not exist")
+    path = recipe.load_path
+    if path and "://" not in path and not os.path.exists(path):  # noqa: PTH110 - as above
+        raise UserError(f"load_path: the file {path!r} does not exist")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from composer_se.errors import UserError
-from composer_se.recipe.messages import did_you_mean
+from composer_se.recipe.messages import did_you_mean, one_line
 
 __all__ = ["find_recipe", "shipped_recipes"]
 
@@ -32,9 +32,12 @@ def find_recipe(recipe: str) -> Path:
     Raises:
         UserError: There is no such file and no such shipped recipe.
     """
-    path = Path(recipe).expanduser()
-    if path.is_file():
-        return path
+    try:
+        path = Path(recipe).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, an unknown user after ~, a NUL
+        raise UserError(f"recipe {recipe!r} can't be read: {one_line(error)}") from error
     shipped = shipped_recipes()
     if recipe in shipped:
         return shipped[recipe]
