@@ -371,7 +371,9 @@ def test_autocast_runs_the_excitation_in_its_own_dtype(overwrite, kernels_everyw
     mlp, plain_x, expected = plainly(block, x)
     with torch.autocast(DEVICE, torch.bfloat16):
         out = block(x.bfloat16())
-        assert block._excitation()(x.bfloat16().mean((2, 3))).dtype == torch.bfloat16
+        excite = block._excitation()
+        assert excite is not None
+        assert excite(x.bfloat16().mean((2, 3))).dtype == torch.bfloat16
     assert out.dtype == torch.bfloat16
     g = torch.randn_like(out)
     out.backward(g)
