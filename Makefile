@@ -41,8 +41,9 @@ newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, w
 	    tests/test_properties.py tests/test_compat_export.py
 
 compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
-	$(PYTEST) -n 2 --junitxml=build/compatibility.xml tests/test_compat_*.py
+	$(PYTEST) --junitxml=build/compatibility.xml tests/test_compat_*.py
 	$(BIN)/python tests/compatibility_table.py build/compatibility.xml > docs/compatibility.md
+	$(BIN)/python docs/update_readme.py
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .

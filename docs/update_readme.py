@@ -1,4 +1,4 @@
-"""Writes the cost table of the README from the results that `make cost` leaves beside this file."""
+"""Writes the tables of the README from what `make cost` and `make compatibility` leave beside this file."""
 
 from __future__ import annotations
 
@@ -71,14 +71,21 @@ def _ratio(ratio: dict[str, Any]) -> str:
     return str(Ratio(**values))
 
 
-def with_cost_table(readme: str) -> str:
-    """The README with its cost table renewed."""
-    table = cost_table(json.loads(RESULTS.read_text()))
-    marked = re.compile(r"(<!-- cost: make cost -->\n).*?(\n<!-- /cost -->)", re.DOTALL)
+def with_tables(readme: str) -> str:
+    """The README with its tables renewed."""
+    readme = _replaced(readme, "cost", cost_table(json.loads(RESULTS.read_text())))
+    # Its headings would stand beside the README's own.
+    tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
+    rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
+    return _replaced(readme, "compatibility", rows.strip())
+
+
+def _replaced(readme: str, name: str, table: str) -> str:
+    marked = re.compile(rf"(<!-- {name}: make {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
     if not marked.search(readme):
-        raise ValueError("README.md has lost the marks around its cost table, `<!-- cost: make cost -->`.")
+        raise ValueError(f"README.md has lost the marks around a table, `<!-- {name}: make {name} -->`.")
     return marked.sub(lambda match: match[1] + table + match[2], readme)
 
 
 if __name__ == "__main__":
-    README.write_text(with_cost_table(README.read_text()))
+    README.write_text(with_tables(README.read_text()))

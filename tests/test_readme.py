@@ -147,6 +147,6 @@ def test_cost_table_spells_ratios_as_the_command_does() -> None:
         assert table.count(f"{kind} {ratio}") == 2
 
 
-def test_cost_table_is_the_one_that_was_measured() -> None:
+def test_tables_are_those_of_the_results() -> None:
     update_readme = load_update_readme()
-    assert update_readme.with_cost_table(README) == README
+    assert update_readme.with_tables(README) == README
