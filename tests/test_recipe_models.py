@@ -11,7 +11,7 @@ from composer_se.recipe.cifar_resnet import CIFARResNet
 from composer_se.recipe.models import build_network, network_names
 
 
-@pytest.mark.parametrize(("depth", "millions"), [(20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
+@pytest.mark.parametrize(("depth", "millions"), [(8, 0.08), (20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])
 def test_cifar_resnets_have_the_papers_size(depth: int, millions: float) -> None:
     network = build_network(f"cifar_resnet{depth}")
     layers = sum(isinstance(module, (nn.Conv2d, nn.Linear)) for module in network.modules())

@@ -1,6 +1,6 @@
 """The residual networks for 32×32 images of He et al., https://arxiv.org/abs/1512.03385, section 4.2.
 
-Differs from the paper in one thing: any number of input channels. Shortcuts that change the shape are the
+Differs from the paper in two things: any number of input channels, and a smallest network of 8 layers. Shortcuts that change the shape are the
 paper's option A, subsampling and zero-padded channels, and so have no parameters.
 """
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 __all__ = ["CIFAR_DEPTHS", "CIFARResNet"]
 
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+CIFAR_DEPTHS = (8, 20, 32, 44, 56, 110)
 
 
 class BasicBlock(nn.Module):
@@ -44,7 +44,7 @@ class CIFARResNet(nn.Module):
     """A residual network of three stages with 16, 32 and 64 channels.
 
     Args:
-        depth: Number of layers with weights, 6n + 2. The paper's are 20, 32, 44, 56 and 110.
+        depth: Number of layers with weights, 6n + 2: 8 is the smallest. The paper's are 20, 32, 44, 56 and 110.
         num_classes: Number of outputs. Default: `10`.
         in_channels: Channels of the input images. Default: `3`.
 

@@ -23,7 +23,7 @@ def build_network(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: A classification model of torchvision (`resnet50`), of timm when installed
-            (`timm/convnext_tiny`), or `cifar_resnet20`, `32`, `44`, `56`, `110`.
+            (`timm/convnext_tiny`), or `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`.
         **kwargs: The network's own arguments, such as `num_classes`; for the CIFAR ResNets also `in_channels`.
 
     Raises:

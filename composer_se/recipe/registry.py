@@ -14,9 +14,12 @@ from composer_se.recipe.messages import did_you_mean
 
 __all__ = ["components", "resolve"]
 
-# Ours come first, in place of Composer's of the same name.
+# Ours come first, in place of Composer's of the same name, which stays within reach for comparisons.
 _OURS = {
-    "algorithms": {"squeeze_excite": "composer_se.algorithm:SqueezeExcite"},
+    "algorithms": {
+        "squeeze_excite": "composer_se.algorithm:SqueezeExcite",
+        "composer_squeeze_excite": "composer.algorithms.squeeze_excite.squeeze_excite:SqueezeExcite",
+    },
     "callbacks": {"gate_monitor": "composer_se.gate_monitor:GateMonitor"},
 }
 
