@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from composer_se.errors import UserError
+from composer_se.recipe import ranks
 
 __all__ = ["main", "make_parser"]
 
@@ -17,6 +18,7 @@ COMMANDS = {
     "gates": "show what the gates of a trained network do, and which layers need them",
     "report": "write a run's report.html anew",
     "cost": "measure what SE costs on a model and this machine",
+    "compare": "train with and without SE, and say whether the difference is real",
 }
 
 
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return importlib.import_module(f"composer_se.commands.{args.command}").run(args)
     except UserError as error:
-        print(f"composer-se {args.command}: error: {error}", file=sys.stderr)
+        ranks.leave_together(f"composer-se {args.command}: error: {error}")
         return 2
 
 

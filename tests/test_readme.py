@@ -55,8 +55,10 @@ def test_commands_are_ones_that_the_command_line_accepts() -> None:
     from composer_se.cli import make_parser
 
     commands = [words[1:] for words in shell_commands() if words[0] == "composer-se"]
+    launched = [words[words.index("composer_se.cli") + 1 :] for words in shell_commands() if "composer_se.cli" in words]
     assert commands
-    for words in commands:
+    assert launched
+    for words in commands + launched:
         make_parser().parse_args(words)
 
 
@@ -64,7 +66,9 @@ def test_recipes_in_launches_exist_and_their_overrides_are_accepted(tmp_path: Pa
     from composer_se.recipe.load import load_recipe
 
     (tmp_path / "my_recipe.yaml").write_text((ROOT / "yamls" / "digits.yaml").read_text())
-    launches = [words[words.index("composer_se.train") + 1 :] for words in shell_commands() if words[0] == "composer"]
+    launches = [
+        words[words.index("composer_se.train") + 1 :] for words in shell_commands() if "composer_se.train" in words
+    ]
     launches += [words[2:] for words in shell_commands() if words[:2] == ["composer-se", "train"]]
     assert launches
     for recipe, *overrides in launches:

@@ -96,6 +96,12 @@ def test_fashion_mnist_reads_a_flat_folder_of_the_original_files(tmp_path: Path)
     image, label = data.images[1]
     assert np.array_equal(np.asarray(image), pixels[1])
     assert label == 9
+    padded, plain = (fashion_mnist(train=True, root=str(tmp_path), padding=padding) for padding in (4, 0))
+    seen = {tuple(plain.transform(image).flatten().tolist()) for _ in range(20)}
+    assert len(seen) == 2  # as it is and mirrored
+    assert len({tuple(padded.transform(image).flatten().tolist()) for _ in range(20)}) > 2
+    with pytest.raises(ValueError, match="padding must be 0 or more, got -1"):
+        fashion_mnist(train=True, root=str(tmp_path), padding=-1)
 
 
 def test_imagenet_reads_a_tree_of_image_files(tmp_path: Path) -> None:

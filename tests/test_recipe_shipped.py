@@ -36,6 +36,7 @@ def image_tree(tmp_path: Path) -> Path:
 SE_LAYERS = {
     "digits": 6,
     "fashion_mnist": 6,
+    "fashion_mnist_resnet8": 2,
     "cifar10_resnet20": 6,
     "cifar10_resnet56": 18,
     "imagenet_resnet50": 22,
@@ -57,6 +58,7 @@ def test_shipped_recipe_trains_two_batches(
     overrides = {
         "digits": ["eval_subset_num_batches=2"],
         "fashion_mnist": on_noise(1),
+        "fashion_mnist_resnet8": on_noise(1),
         "cifar10_resnet20": on_noise(3),
         "cifar10_resnet56": on_noise(3),
         "imagenet_resnet50": [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import nn
 
 from composer_se.errors import UserError
 from composer_se.gate_statistics import se_blocks
+from composer_se.recipe.build import num_classes
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.messages import one_line
 from composer_se.recipe.run_plan import RunPlan, make_plan
@@ -124,13 +124,10 @@ def _load(plan: RunPlan, checkpoint: Path, device: str) -> nn.Module:
     from composer.models import ComposerClassifier
 
     network = plan.model.build()
-    num_classes = plan.model.arguments.get("num_classes")
-    if num_classes is None and not hasattr(network, "num_classes"):
-        num_classes = inspect.signature(plan.model.target).parameters["num_classes"].default
     try:
         # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
         trainer = Trainer(
-            model=ComposerClassifier(network, num_classes=num_classes),
+            model=ComposerClassifier(network, num_classes=num_classes(network, plan)),
             algorithms=[component.build() for component in plan.algorithms],
             load_path=str(checkpoint),
             load_weights_only=True,

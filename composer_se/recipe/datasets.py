@@ -86,15 +86,21 @@ def digits(train: bool) -> ImageData:
     return ImageData(images, transforms.digits_transform(train), needs_workers=False)
 
 
-def fashion_mnist(train: bool, root: str = "data") -> ImageData:
+def fashion_mnist(train: bool, root: str = "data", padding: int = 4) -> ImageData:
     """Fashion-MNIST: 60,000 and 10,000 images of clothing, 28×28, grey, 10 classes.
 
     Args:
         train: Which of the two splits.
         root: Where the data is or will be downloaded to: a folder in torchvision's layout, or one that holds the
             four original `*-ubyte.gz` files themselves.
+        padding: Pixels on each side of the training images from which crops are drawn; 0 for no crops.
+
+    Raises:
+        ValueError: `padding` is negative.
     """
-    transform = transforms.fashion_mnist_transform(train)
+    if padding < 0:
+        raise ValueError(f"padding must be 0 or more, got {padding}")
+    transform = transforms.fashion_mnist_transform(train, padding)
     prefix = "train" if train else "t10k"
     images_file = Path(root) / f"{prefix}-images-idx3-ubyte.gz"
     if images_file.is_file():

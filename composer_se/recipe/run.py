@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import logging
 import shutil
 import time
-import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from composer_se.errors import UserError
 from composer_se.recipe import ranks
-from composer_se.recipe.failed_writes import explain_failed_write
+from composer_se.recipe.interruption import exit_code_of
 from composer_se.recipe.load import load_recipe
 
 if TYPE_CHECKING:
-    from composer import Trainer
+    from composer import Callback, Trainer
 
     from composer_se.recipe.metrics_file import MetricsFile
-    from composer_se.recipe.run_plan import Component, DataPlan, RunPlan
+    from composer_se.recipe.run_plan import RunPlan
     from composer_se.recipe.schema import Recipe
 
-__all__ = ["run_recipe"]
+__all__ = ["log_on_terminal", "run_recipe", "train"]
 
 # Of all that is logged, what the summary tells.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
@@ -48,65 +46,63 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
         UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
             damaged: nothing was written. Or the run could not write a file: it continues when there is room.
     """
-    started = time.monotonic()
     loaded = load_recipe(recipe, overrides)
     ranks.share_cores()
-    try:
-        with _log_on_terminal():
-            return _run(loaded, started)
-    except (OSError, RuntimeError) as error:
-        code = _interruption_behind(error)
-        if code is None:
-            complaint = explain_failed_write(error, Path(loaded.run_folder))
-            if complaint is None:
-                raise
-            raise UserError(complaint) from error
-    except KeyboardInterrupt:
-        code = 130
-    except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into these
-        if stop.code not in (130, 143):
-            raise
-        code = int(stop.code)
-    ranks.say(f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint")
+    with log_on_terminal():
+        code = exit_code_of(lambda: _train_and_show(loaded), Path(loaded.run_folder))
+    if code:
+        ranks.say(f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint")
     return code
 
 
-def _interruption_behind(error: BaseException | None) -> int | None:
-    """The exit code of a signal that came while a checkpoint was written: the writer then complains of its file."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return 130
-        if isinstance(error, SystemExit) and error.code in (130, 143):
-            return int(error.code)
-        error = error.__context__
-    return None
+def _train_and_show(recipe: Recipe) -> None:
+    from composer_se.recipe.summary_table import print_summary
+
+    summary, was_finished = train(recipe)
+    if ranks.is_local_rank_zero() if was_finished else _is_global_rank_zero():
+        print_summary(summary)
+    if was_finished:
+        ranks.say(
+            f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
+            "or start anew under another name with run_name=..."
+        )
 
 
-def _run(recipe: Recipe, started: float) -> int:
+def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str, Any], bool]:
+    """Trains a run to its end, from its last checkpoint if there is one, unless it is complete already.
+
+    Args:
+        recipe: The run.
+        callbacks: Callbacks of the caller's, beside those of the recipe. They must not touch what is trained.
+
+    Returns:
+        The run's summary, as `summary.json` holds it, and whether the run was complete before.
+
+    Raises:
+        UserError: As `run_recipe`.
+    """
     from composer_se.recipe.run_plan import make_plan
 
+    started = time.monotonic()
     plan = make_plan(recipe)
     finished = _agree_on_run_folder(recipe)
     if finished:
-        _show_finished(recipe, finished)
-        return 0
-    trainer, metrics = _build(recipe, plan)
+        return finished, True
+    trainer, metrics = _build(recipe, plan, callbacks)
     _show_start(recipe, trainer)
     trainer.fit()
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     trainer.close()
     if _is_global_rank_zero():
         from composer_se.recipe.run_folder import write_summary
-        from composer_se.recipe.summary_table import print_summary
 
         write_summary(recipe, summary)
         _write_report(recipe)
-        print_summary(summary)
-    return 0
+    return summary, False
 
 
 @contextlib.contextmanager
-def _log_on_terminal() -> Iterator[None]:
+def log_on_terminal() -> Iterator[None]:
     """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
     log = logging.getLogger("composer_se")
     level, propagate = log.level, log.propagate
@@ -158,57 +154,47 @@ def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     return decision[0]
 
 
-def _build(recipe: Recipe, plan: RunPlan) -> tuple[Trainer, MetricsFile]:
+def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tuple[Trainer, MetricsFile]:
     from composer import Trainer
     from composer.models import ComposerClassifier
-    from composer.utils import reproducibility
 
-    from composer_se.recipe.augmentation import SeededImages
-    from composer_se.recipe.fit import check_network_takes
-    from composer_se.recipe.messages import one_line
+    from composer_se.recipe.build import algorithm_named, build_parts, num_classes
     from composer_se.recipe.metrics_file import MetricsFile
     from composer_se.recipe.run_folder import metrics_file, write_recipe
     from composer_se.recipe.same_buffers import SameBuffers
     from composer_se.recipe.schema import TRAINER_KEYS
 
     algorithms = [component.build() for component in plan.algorithms]
-    callbacks = [component.build() for component in plan.callbacks]
+    own_callbacks = [component.build() for component in plan.callbacks]
     loggers = [component.build() for component in plan.loggers]
     scheduler = plan.scheduler.build() if plan.scheduler else None
-    reproducibility.seed_all(recipe.seed)  # the same initial weights on every rank
-    network = plan.model.build()
-    optimizer = plan.optimizer.build(network.parameters())
-    train_loader, eval_loader = _build_data(recipe, plan)
-    if isinstance(train_loader.dataset, SeededImages):  # streamed images would have to be fetched first
-        check_network_takes(network, train_loader.dataset[0][0], recipe.model["name"])
+    parts = build_parts(recipe, plan)
 
     metrics = MetricsFile(metrics_file(recipe))
     options = {key: getattr(recipe, key) for key in TRAINER_KEYS}
-    if eval_loader is None:
+    if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
-        trainer = Trainer(
-            model=ComposerClassifier(network, num_classes=_num_classes(network, plan)),
-            train_dataloader=train_loader,
-            eval_dataloader=eval_loader,
-            optimizers=optimizer,
-            schedulers=scheduler,
-            algorithms=algorithms,
-            callbacks=[*callbacks, SameBuffers()],
-            loggers=[*loggers, metrics],
-            autoresume=True,
-            save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
-            **options,
-        )
-    except (ValueError, TypeError) as error:
-        component = _component_at_fault(error, algorithms, plan)
-        if component is None:
-            raise
+        with algorithm_named(algorithms, plan):
+            trainer = Trainer(
+                model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
+                train_dataloader=parts.train_loader,
+                eval_dataloader=parts.eval_loader,
+                optimizers=parts.optimizer,
+                schedulers=scheduler,
+                algorithms=algorithms,
+                callbacks=[*own_callbacks, *callbacks, SameBuffers()],
+                loggers=[*loggers, metrics],
+                autoresume=True,
+                save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
+                **options,
+            )
+    except UserError:
         if _is_global_rank_zero():
             _remove(new_folders)
-        raise UserError(f"{component.path}: {one_line(error)}") from error
+        raise
     if _is_global_rank_zero():
         write_recipe(recipe)
     return trainer, metrics
@@ -229,47 +215,6 @@ def _remove(new_folders: list[Path]) -> None:
             parent.rmdir()
 
 
-def _build_data(recipe: Recipe, plan: RunPlan) -> tuple[Any, Any]:
-    import torch
-    from composer.utils import dist
-
-    from composer_se.recipe.arguments import construct
-    from composer_se.recipe.dataloaders import build_dataloader
-
-    def build(data: DataPlan, batch_size: int, train: bool) -> Any:
-        images = data.images.build(train=train)
-        options = (batch_size, recipe.seed, train, data.num_workers, pin_memory)
-        return construct(build_dataloader, data.images.path, images, *options)
-
-    pin_memory = torch.cuda.is_available() and recipe.device in (None, "gpu")
-    with dist.run_local_rank_zero_first():  # so that one process of each node downloads
-        train_loader = build(plan.train_data, recipe.train_batch_size, train=True)
-        eval_loader = build(plan.eval_data, recipe.eval_batch_size, train=False) if plan.eval_data else None
-    if len(train_loader) == 0:
-        raise UserError(
-            f"train_batch_size: the training data has fewer than {recipe.train_batch_size} images; "
-            "set a smaller train_batch_size"
-        )
-    return train_loader, eval_loader
-
-
-def _num_classes(network: Any, plan: RunPlan) -> int | None:
-    """The number of outputs: the network's own word, the recipe's, or the default of the network's builder."""
-    if hasattr(network, "num_classes"):
-        return None  # ComposerClassifier asks the network
-    default = inspect.signature(plan.model.target).parameters["num_classes"].default
-    return plan.model.arguments.get("num_classes", default)
-
-
-def _component_at_fault(error: Exception, algorithms: list[Any], plan: RunPlan) -> Component | None:
-    """The algorithm whose `apply` rejected the recipe's network, if the error comes from one."""
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        for algorithm, component in zip(algorithms, plan.algorithms, strict=True):
-            if frame.f_locals.get("self") is algorithm and frame.f_code.co_name == "apply":
-                return component
-    return None
-
-
 def _show_start(recipe: Recipe, trainer: Trainer) -> None:
     timestamp = trainer.state.timestamp
     if int(timestamp.batch):
@@ -277,17 +222,6 @@ def _show_start(recipe: Recipe, trainer: Trainer) -> None:
             f"continuing {recipe.run_folder} from its checkpoint of epoch {int(timestamp.epoch)}, "
             f"batch {int(timestamp.batch)}"
         )
-
-
-def _show_finished(recipe: Recipe, summary: dict[str, Any]) -> None:
-    from composer_se.recipe.summary_table import print_summary
-
-    if ranks.is_local_rank_zero():
-        print_summary(summary)
-    ranks.say(
-        f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
-        "or start anew under another name with run_name=..."
-    )
 
 
 def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: float) -> dict[str, Any]:

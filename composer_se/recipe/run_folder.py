@@ -19,7 +19,7 @@ from composer_se.recipe.failed_writes import replace_file
 from composer_se.recipe.load import as_yaml, load_recipe
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["check_unchanged", "metrics_file", "read_finished", "write_recipe", "write_summary"]
+__all__ = ["check_unchanged", "describe_changes", "metrics_file", "read_finished", "write_recipe", "write_summary"]
 
 # Keys (with everything below them) that a resumed run may change: they move or watch the run, not its weights.
 _MAY_CHANGE = (
@@ -89,18 +89,30 @@ def check_unchanged(recipe: Recipe) -> None:
             f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
             "choose another name (run_name=...) or delete the folder"
         ) from error
-    before, now = _flatten(dataclasses.asdict(stored)), _flatten(dataclasses.asdict(recipe))
-    changed = [
-        key
-        for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(_is_under(key, free) for free in _MAY_CHANGE)
-    ]
+    changed = describe_changes(dataclasses.asdict(stored), dataclasses.asdict(recipe))
     if changed:
-        described = ", ".join(f"{key} (was {before.get(key)!r}, now {now.get(key)!r})" for key in changed)
         raise UserError(
             f"run_name: {recipe.run_folder} holds a run of another recipe, which can't be continued with this one: "
-            f"{described}; choose another name (run_name=...) or delete the folder"
+            f"{changed}; choose another name (run_name=...) or delete the folder"
         )
+
+
+def describe_changes(stored: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """What makes a recipe another one: the keys that differ, but for those that a resumed run may change.
+
+    Args:
+        stored: The recipe before, as nested mappings.
+        recipe: The recipe now, likewise.
+
+    Returns:
+        A list for an error message; empty if none differs.
+    """
+    before, now = _flatten(stored), _flatten(recipe)
+    return ", ".join(
+        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
+        for key in sorted({*before, *now})
+        if before.get(key) != now.get(key) and not any(_is_under(key, free) for free in _MAY_CHANGE)
+    )
 
 
 def write_recipe(recipe: Recipe) -> None:

@@ -28,9 +28,9 @@ def digits_transform(train: bool) -> Callable[[Any], Any]:
     return _to_tensor(steps if train else [], (0.3053,), (0.3760,))
 
 
-def fashion_mnist_transform(train: bool) -> Callable[[Any], Any]:
-    """Crops of the image padded by 4, and flips: those of CIFAR, at 28×28."""
-    return _to_tensor(_pad_crop_flip(28) if train else [], (0.2860,), (0.3530,))
+def fashion_mnist_transform(train: bool, padding: int) -> Callable[[Any], Any]:
+    """Crops of the padded image, and flips: those of CIFAR, at 28×28."""
+    return _to_tensor(_pad_crop_flip(28, padding) if train else [], (0.2860,), (0.3530,))
 
 
 def cifar_transform(name: str, train: bool) -> Callable[[Any], Any]:
@@ -48,8 +48,9 @@ def imagenet_transform(train: bool, image_size: int) -> Callable[[Any], Any]:
     return _to_tensor(steps, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def _pad_crop_flip(size: int) -> list[v2.Transform]:
-    return [v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip()]
+def _pad_crop_flip(size: int, padding: int = 4) -> list[v2.Transform]:
+    crop = [v2.RandomCrop(size, padding=padding)] if padding else []
+    return [*crop, v2.RandomHorizontalFlip()]
 
 
 def _to_tensor(steps: Sequence[v2.Transform], mean: tuple[float, ...], std: tuple[float, ...]) -> v1.Compose:

@@ -1,0 +1,185 @@
+"""Trains a recipe with and without SE, or any arms, with the same seeds, and says whether the difference is real.
+
+All arms of a seed see the same data in the same order and start from the same weights as far as they share them. The
+same command continues what was interrupted. On several processes: composer -n N -m composer_se.cli compare RECIPE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from composer_se.errors import UserError
+
+if TYPE_CHECKING:
+    from composer_se.compare.arms import Comparison
+    from composer_se.compare.study import Findings, Progress
+    from composer_se.cost.machine import Machine
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `composer-se compare`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
+    parser.add_argument(
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="change a key for all arms, such as max_duration=5ep",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=5,
+        metavar="N",
+        help="runs of each arm; 0 measures how fast the arms are and trains none (default: 5)",
+    )
+    parser.add_argument(
+        "--arm",
+        action="append",
+        nargs="+",
+        default=[],
+        metavar=("NAME", "key=value"),
+        help="something to compare: a name, and what it changes in the recipe; the first is what the others are "
+        "compared with (default: the recipe without SE, and as written)",
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: runs/compare-RECIPE)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is left of the comparison, prints the table and writes table, picture and data.
+
+    Args:
+        args: What `add_arguments` parsed.
+
+    Returns:
+        0, or 130 or 143 when it was interrupted.
+
+    Raises:
+        UserError: An argument or an arm's recipe is wrong: nothing was written. Or a file can't be written.
+    """
+    from composer_se.recipe import ranks
+
+    comparison = _comparison(args)
+    ranks.share_cores()  # before torch is imported
+
+    from composer_se.compare.study import check
+    from composer_se.recipe.interruption import exit_code_of
+    from composer_se.recipe.run import log_on_terminal
+
+    check(comparison)
+    with log_on_terminal(), _surgery_unlogged():
+        code = exit_code_of(lambda: _pursue(comparison), comparison.folder)
+    if code:
+        ranks.say("\ncomposer-se compare: stopped; the same command continues")
+    return code
+
+
+def _comparison(args: argparse.Namespace) -> Comparison:
+    from composer_se.compare.arms import Arm, Comparison, default_arms
+
+    if args.seeds < 0:
+        raise UserError(f"--seeds {args.seeds}: expected 0 or more")
+    arms = tuple(Arm(name, tuple(overrides)) for name, *overrides in args.arm)
+    slugs = [arm.slug for arm in arms]
+    for arm in arms:
+        if not arm.slug:
+            raise UserError(f"--arm {arm.name!r}: a name needs letters or digits")
+        if "=" in arm.name:
+            raise UserError(f"--arm {arm.name}: the first word is the arm's name; write --arm NAME {arm.name}")
+        if slugs.count(arm.slug) > 1:
+            raise UserError(f"--arm {arm.name}: two arms have this name, but for signs and capitals")
+    if len(arms) == 1:
+        raise UserError(f"--arm {arms[0].name}: one arm is nothing to compare; give two or more")
+    folder = args.out or Path("runs") / f"compare-{Path(args.recipe).stem}"
+    return Comparison(
+        args.recipe, tuple(args.overrides), arms or default_arms(args.recipe, args.overrides), args.seeds, folder
+    )
+
+
+def _pursue(comparison: Comparison) -> None:
+    import torch
+    from composer.utils import dist
+    from rich.console import Console
+
+    from composer_se.compare.judgement import judge
+    from composer_se.compare.study import Findings, pursue
+    from composer_se.compare.tables import print_judgements, print_speeds
+    from composer_se.cost.machine import describe_machine
+
+    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    speaks = dist.get_global_rank() == 0
+    with _progress_bar() as progress:
+        findings = Findings()
+        for findings in pursue(comparison, progress):
+            if findings.runs and speaks:
+                _write(comparison, findings, machine)
+    if not speaks:
+        return
+    if findings.runs:
+        print_judgements(comparison, judge(comparison, findings), Console())
+        print(f"\n{comparison.folder}: comparison.png, results.md, results.json")
+    else:
+        print_speeds(comparison, findings, machine, Console())
+
+
+def _write(comparison: Comparison, findings: Findings, machine: Machine) -> None:
+    from composer_se.compare.judgement import judge
+    from composer_se.compare.picture import draw
+    from composer_se.compare.tables import as_json, as_markdown, conditions
+    from composer_se.recipe.failed_writes import replace_file, writing
+
+    judgements = judge(comparison, findings)
+    replace_file(comparison.folder / "results.json", as_json(comparison, findings, judgements, machine))
+    replace_file(comparison.folder / "results.md", as_markdown(comparison, findings, judgements, machine))
+    picture = comparison.folder / "comparison.png"
+    with writing(picture):
+        draw(comparison, findings, judgements, conditions(comparison, findings, machine), picture)
+
+
+@contextlib.contextmanager
+def _progress_bar() -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    from composer_se.recipe import ranks
+
+    console = Console(stderr=True)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not ranks.is_local_rank_zero()) as bar:
+        task = bar.add_task("starting", total=None)
+        current = ""
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what != current:
+                current = what
+                bar.reset(task)
+                if not console.is_terminal and ranks.is_local_rank_zero():
+                    print(what, file=console.file, flush=True)
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield progress
+
+
+@contextlib.contextmanager
+def _surgery_unlogged() -> Iterator[None]:
+    """Keeps the surgery's log lines, the same for every run, from tearing the progress bar; warnings stay."""
+    log = logging.getLogger("composer_se")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)

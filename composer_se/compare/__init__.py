@@ -1,0 +1,1 @@
+"""The instrument behind `composer-se compare`: does SE pay on a recipe?"""

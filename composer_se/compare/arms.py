@@ -1,0 +1,128 @@
+"""The arms of a comparison, and the recipes of their runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from composer_se.errors import UserError
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
+
+# What tells the runs of a comparison apart is not for an arm to say.
+_RESERVED = ("seed", "run_name", "run_folder", "save_folder")
+
+_WITHOUT_SE = "algorithms.squeeze_excite=null"
+_RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things compared.
+
+    Attributes:
+        name: As tables and pictures call it.
+        overrides: `dotted.key=value` strings, on top of the recipe and of what all arms share.
+    """
+
+    name: str
+    overrides: tuple[str, ...]
+
+    @property
+    def slug(self) -> str:
+        """The name as part of a folder's."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        recipe: The path of a YAML file, or the name of a shipped recipe.
+        overrides: `dotted.key=value` strings for all arms.
+        arms: Two or more; the first is the reference that the others are compared with.
+        num_seeds: Runs of every arm: seeds count up from the recipe's.
+        folder: Where everything goes.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    num_seeds: int
+    folder: Path
+
+    @property
+    def reference(self) -> Arm:
+        """The arm that the others are compared with."""
+        return self.arms[0]
+
+
+def default_arms(recipe: str, overrides: Sequence[str]) -> tuple[Arm, Arm]:
+    """The recipe without SE, and as written; a recipe without SE gets the recommended setting."""
+    has_se = (load_recipe(recipe, overrides).algorithms or {}).get("squeeze_excite") is not None
+    return Arm("plain", (_WITHOUT_SE,)), Arm("with SE", () if has_se else (_RECOMMENDED_SE,))
+
+
+def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
+    """The recipe of every arm's run with one of the seeds.
+
+    Args:
+        comparison: What is compared.
+        seed_index: 0 for the recipe's own seed, 1 for the next.
+
+    Returns:
+        Arm name to recipe; the run's folder is `FOLDER/runs/ARM-seedN`.
+
+    Raises:
+        UserError: A recipe is wrong, or an arm changes what tells runs apart, or has nothing to be evaluated on.
+    """
+    recipes = {}
+    for arm in comparison.arms:
+        for override in arm.overrides:
+            key = override.partition("=")[0].strip()
+            if key in _RESERVED:
+                raise UserError(f"--arm {arm.name}: {key} is set by the comparison itself; leave it out")
+        overrides = (*comparison.overrides, *arm.overrides)
+        recipe = load_recipe(comparison.recipe, overrides)
+        if recipe.eval_dataset is None:
+            raise UserError(f"--arm {arm.name}: eval_dataset is null: there would be no accuracy to compare")
+        recipes[arm.name] = _placed(recipe, comparison.folder, arm.slug, recipe.seed + seed_index)
+    return recipes
+
+
+def lengthened(comparison: Comparison, recipe: Recipe, batches_before: int, batches: int) -> Recipe:
+    """A run of the reference that takes another number of steps, with its schedule stretched to fit.
+
+    Args:
+        comparison: What is compared.
+        recipe: The reference's run.
+        batches_before: The number of its training steps.
+        batches: The number of steps wanted.
+    """
+    has_schedule = recipe.scheduler is not None
+    stretched = dataclasses.replace(
+        recipe,
+        max_duration=f"{batches_before if has_schedule else batches}ba",
+        # Composer multiplies the duration by the ratio too, and rounds down.
+        scale_schedule_ratio=(batches + 0.5) / batches_before if has_schedule else 1.0,
+    )
+    return _placed(stretched, comparison.folder, f"{comparison.reference.slug}-{batches}ba", recipe.seed)
+
+
+def _placed(recipe: Recipe, folder: Path, name: str, seed: int) -> Recipe:
+    run_name = f"{name}-seed{seed}"
+    run_folder = str(folder / "runs" / run_name)
+    return dataclasses.replace(
+        recipe,
+        seed=seed,
+        run_name=run_name,
+        run_folder=run_folder,
+        save_folder=f"{run_folder}/checkpoints",
+        progress_bar=False,
+    )

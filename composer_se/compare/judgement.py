@@ -1,0 +1,127 @@
+"""What the findings say about each arm, in figures and in a plain sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean
+
+from composer_se.compare.arms import Comparison
+from composer_se.compare.outcomes import accuracy_after
+from composer_se.compare.statistics import Estimate, mean_difference, ratio_of_means, seeds_needed
+from composer_se.compare.study import Findings, training_seconds
+
+__all__ = ["Judgement", "judge"]
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One arm beside the reference. Accuracies are shares, differences those of shares.
+
+    Attributes:
+        arm: Its name.
+        accuracies: Final accuracy per seed.
+        equal_epochs: How much more accurate it is than the reference after as many epochs. None for the reference.
+        equal_time: How much more than the reference trained for as long as this arm trains. None for the reference.
+        equal_latency: How much more than the most accurate of the arms that are no slower in inference, and which that
+            is. None where all others are slower.
+        step_time: Time of a training step over the reference's.
+        latency: Inference time of one image over the reference's.
+        parameters: Of the trained network.
+        se_layers: Layers with our SE.
+        sentence: What the evidence decides.
+    """
+
+    arm: str
+    accuracies: tuple[float, ...]
+    equal_epochs: Estimate | None
+    equal_time: Estimate | None
+    equal_latency: tuple[str, Estimate] | None
+    step_time: Estimate
+    latency: Estimate
+    parameters: int
+    se_layers: int
+    sentence: str
+
+
+def judge(comparison: Comparison, findings: Findings) -> list[Judgement]:
+    """Judges every arm on the seeds that all arms have finished, the reference first."""
+    return [_judge(arm.name, comparison, findings) for arm in comparison.arms]
+
+
+def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
+    reference = comparison.reference.name
+    speed, base = findings.speeds[arm], findings.speeds[reference]
+    runs = findings.runs[arm]
+    ours = [run.accuracy for run in runs]
+    equal_epochs = equal_time = None
+    sentence = "is what the others are compared with."
+    if arm != reference:
+        equal_epochs = mean_difference(ours, [run.accuracy for run in findings.runs[reference]])
+        equal_time = mean_difference(ours, _reference_at_time_of(arm, reference, findings))
+        sentence = _sentence(equal_epochs, equal_time)
+    return Judgement(
+        arm=arm,
+        accuracies=tuple(ours),
+        equal_epochs=equal_epochs,
+        equal_time=equal_time,
+        equal_latency=_equal_latency(arm, comparison, findings),
+        step_time=ratio_of_means(speed.step, base.step),
+        latency=ratio_of_means(speed.latency, base.latency),
+        parameters=runs[0].parameters,
+        se_layers=runs[0].se_layers,
+        sentence=sentence,
+    )
+
+
+def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[float]:
+    """Per seed, what the reference reaches in the time that the arm's training takes."""
+    seconds = training_seconds(arm, findings)
+    seconds_per_step = mean(findings.speeds[reference].step)
+    accuracies = []
+    for own in findings.runs[reference]:
+        others = [run for run in findings.other_lengths if run.seed == own.seed]
+        accuracies.append(accuracy_after(seconds, [own, *others], seconds_per_step))
+    return accuracies
+
+
+def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Estimate] | None:
+    """The arm against the most accurate of the others that are not slower, as far as the timing can tell."""
+
+    def is_slower(other: str) -> bool:
+        return ratio_of_means(findings.speeds[other].latency, findings.speeds[arm].latency).low > 1
+
+    def final(name: str) -> list[float]:
+        return [run.accuracy for run in findings.runs[name]]
+
+    rivals = [other.name for other in comparison.arms if other.name != arm and not is_slower(other.name)]
+    if not rivals:
+        return None
+    rival = max(rivals, key=lambda name: mean(final(name)))
+    return rival, mean_difference(final(arm), final(rival))
+
+
+def _sentence(equal_epochs: Estimate, equal_time: Estimate) -> str:
+    epochs, time = _verdict(equal_epochs), _verdict(equal_time)
+    if epochs == time:
+        return f"{epochs}, at equal epochs and at equal training time.{_advice([equal_epochs, equal_time])}"
+    return f"{epochs} at equal epochs; {time} at equal training time.{_advice([equal_epochs, equal_time])}"
+
+
+def _verdict(difference: Estimate) -> str:
+    if difference.count < 2:
+        return "one seed decides nothing"
+    if difference.excludes(0):
+        return "is more accurate" if difference.value > 0 else "is less accurate"
+    return "the evidence does not decide"
+
+
+def _advice(differences: Sequence[Estimate]) -> str:
+    """How many seeds would decide what is open."""
+    needed = [seeds_needed(d) for d in differences if d.count >= 2 and not d.excludes(0)]
+    if not needed:
+        return ""
+    known = [count for count in needed if count is not None]
+    if not known:
+        return " No number of seeds worth training would decide it."
+    return f" A difference as small as the one seen would take about {max(known)} seeds."

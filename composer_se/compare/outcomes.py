@@ -1,0 +1,129 @@
+"""What came out of the runs of a comparison, and how it is kept.
+
+FOLDER/outcomes/RUN.json is all that a comparison needs of a complete run; the run's own folder may be deleted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from composer_se.errors import UserError
+from composer_se.recipe.failed_writes import replace_file
+from composer_se.recipe.run_folder import describe_changes
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["Outcome", "accuracy_after", "keep_outcome", "kept_outcome", "read_outcome"]
+
+_ACCURACY = "metrics/eval/MulticlassAccuracy"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One complete run.
+
+    Attributes:
+        run: Its name, which is its folder's.
+        seed: Its seed.
+        batches: Its training steps.
+        accuracies: After so many steps, the share of the held-out images that was classified correctly.
+        wall_seconds: What the run took, its evaluations and start included, in one go or since it was resumed.
+        parameters: Of the trained network.
+        se_layers: Layers with our SE.
+    """
+
+    run: str
+    seed: int
+    batches: int
+    accuracies: tuple[tuple[int, float], ...]
+    wall_seconds: float
+    parameters: int
+    se_layers: int
+
+    @property
+    def accuracy(self) -> float:
+        """At the end: the last evaluation, not the best."""
+        return self.accuracies[-1][1]
+
+
+def read_outcome(summary: dict[str, Any], run_folder: Path, seed: int) -> Outcome:
+    """Reads a complete run.
+
+    Args:
+        summary: Of the run.
+        run_folder: Its folder.
+        seed: Its seed.
+
+    Raises:
+        UserError: The run was never evaluated.
+    """
+    accuracies: dict[int, float] = {}
+    path = run_folder / "metrics.jsonl"
+    for line in path.read_text().splitlines():
+        numbers = json.loads(line)
+        if numbers.get(_ACCURACY) is not None:
+            accuracies[numbers["batch"]] = numbers[_ACCURACY]
+    if not accuracies:
+        raise UserError(f"{path}: the run was never evaluated (eval_interval); there is no accuracy to compare")
+    return Outcome(
+        run=summary["run_name"],
+        seed=seed,
+        batches=summary["batch"],
+        accuracies=tuple(accuracies.items()),
+        wall_seconds=summary["wall_seconds"],
+        parameters=summary["parameters"],
+        se_layers=summary["squeeze_excite_layers"],
+    )
+
+
+def keep_outcome(outcome: Outcome, recipe: Recipe, folder: Path) -> None:
+    """Writes an outcome with the recipe it belongs to."""
+    content = {"recipe": _plain(recipe), "outcome": dataclasses.asdict(outcome)}
+    replace_file(folder / "outcomes" / f"{outcome.run}.json", json.dumps(content) + "\n")
+
+
+def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
+    """Reads the outcome of a recipe's run if it was kept; None if there is none, or one of another length.
+
+    Raises:
+        UserError: The outcome kept is that of another recipe.
+    """
+    path = folder / "outcomes" / f"{recipe.run_name}.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text())
+    changed = describe_changes(content["recipe"], _plain(recipe))
+    if changed:
+        raise UserError(
+            f"--out {folder}: holds a comparison of another recipe, which can't be continued with this one: {changed}; "
+            "give another folder, or another name to the arm"
+        )
+    if str(content["recipe"]["max_duration"]) != str(recipe.max_duration):
+        return None
+    found = content["outcome"]
+    return Outcome(**found | {"accuracies": tuple((batch, accuracy) for batch, accuracy in found["accuracies"])})
+
+
+def _plain(recipe: Recipe) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(recipe), default=str))
+
+
+def accuracy_after(seconds: float, runs: Sequence[Outcome], seconds_per_step: float) -> float:
+    """The final accuracy that training for a time would give, from runs of different lengths.
+
+    Args:
+        seconds: The training time.
+        runs: Complete runs of one arm and seed, each with its schedule to the end.
+        seconds_per_step: The arm's.
+
+    Returns:
+        The accuracy, interpolated between the ends of the runs; that of the nearest run outside of them.
+    """
+    ends = sorted((run.batches * seconds_per_step, run.accuracy) for run in runs)
+    return float(np.interp(seconds, [end for end, _ in ends], [accuracy for _, accuracy in ends]))

@@ -1,0 +1,197 @@
+"""How fast each arm trains and infers, measured in turns so that the drift of the machine favours none.
+
+The runs themselves are too far apart in time for that: on a shared machine one hour's steps are 10 % slower than the
+next hour's, where the arms differ by less. A turn trains some steps of the real recipe, data loading and algorithms
+included, at several points of its duration, since algorithms may work in a part of it only.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import mean, median
+from time import perf_counter
+
+import torch
+from composer import Callback, State, Trainer
+from composer.core import Time, Timestamp, TimeUnit, get_precision_context
+from composer.loggers import Logger
+from composer.models import ComposerClassifier
+from composer.utils import dist
+from torch import nn
+
+from composer_se.cost.steps import inference_step
+from composer_se.cost.timing import steps_per_visit, synchronize
+from composer_se.recipe.build import algorithm_named, build_parts, num_classes
+from composer_se.recipe.run_plan import make_plan
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["ROUNDS", "Speed", "measure_speeds"]
+
+ROUNDS = 8
+TURN_SECONDS = 3.0
+LEAST_STEPS, MOST_STEPS = 8, 400
+
+# Of the Trainer's options those that a step's time depends on.
+_OPTIONS = (
+    "seed",
+    "max_duration",
+    "train_subset_num_batches",
+    "scale_schedule_ratio",
+    "step_schedulers_every_batch",
+    "device",
+    "precision",
+    "precision_config",
+    "device_train_microbatch_size",
+    "deterministic_mode",
+    "dist_timeout",
+    "ddp_sync_strategy",
+    "parallelism_config",
+    "compile_config",
+)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast an arm is, turn by turn.
+
+    Attributes:
+        step: Seconds per training step, loading the batch included; the mean of each turn.
+        latency: Seconds per image, one at a time, in inference; the median of each turn.
+        batches_per_epoch: Training steps of an epoch.
+    """
+
+    step: tuple[float, ...]
+    latency: tuple[float, ...]
+    batches_per_epoch: int
+
+
+def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable[[str], None]) -> dict[str, Speed]:
+    """Measures the arms in turns, in an order drawn anew for each round.
+
+    Args:
+        recipes: Arm name to recipe.
+        rounds: Turns of every arm.
+        advance: Called with the arm's name before each turn.
+
+    Returns:
+        Arm name to speed; under the launcher those of rank zero, on all ranks.
+
+    Raises:
+        UserError: A recipe can't be built.
+    """
+    steps: int | None = None
+    step: dict[str, list[float]] = {name: [] for name in recipes}
+    latency: dict[str, list[float]] = {name: [] for name in recipes}
+    epochs: dict[str, int] = {}
+    order = list(recipes)
+    shuffle = random.Random(0).shuffle
+    for turn in range(rounds):
+        shuffle(order)
+        for name in order:
+            advance(name)
+            if steps is None:
+                steps = _steps_per_turn(_from_rank_zero(_take_turn(recipes[name], 0.0, LEAST_STEPS).step))
+            taken = _take_turn(recipes[name], (turn + 0.5) / rounds, steps)
+            step[name].append(_from_rank_zero(taken.step))
+            latency[name].append(_from_rank_zero(taken.latency))
+            epochs[name] = taken.batches_per_epoch
+    return {name: Speed(tuple(step[name]), tuple(latency[name]), epochs[name]) for name in recipes}
+
+
+@dataclass(frozen=True)
+class _Turn:
+    step: float
+    latency: float
+    batches_per_epoch: int
+
+
+class _Stopwatch(Callback):
+    """Times training steps from the fetching of the batch on, and stops training after some of them."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        self._started = perf_counter()
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        synchronize(_device(state))
+        self.seconds.append(perf_counter() - self._started)
+        if len(self.seconds) == self.steps:
+            state.stop_training()
+
+
+def _take_turn(recipe: Recipe, share: float, steps: int) -> _Turn:
+    """Trains some steps from a point of the run's duration on, then infers."""
+    plan = make_plan(recipe)
+    algorithms = [component.build() for component in plan.algorithms]
+    parts = build_parts(recipe, plan)
+    stopwatch = _Stopwatch(steps)
+    with algorithm_named(algorithms, plan):
+        trainer = Trainer(
+            model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
+            train_dataloader=parts.train_loader,
+            optimizers=parts.optimizer,
+            schedulers=plan.scheduler.build() if plan.scheduler else None,
+            algorithms=algorithms,
+            callbacks=[stopwatch],
+            progress_bar=False,
+            **{key: getattr(recipe, key) for key in _OPTIONS},
+        )
+    state = trainer.state
+    batches_per_epoch = int(state.dataloader_len or len(parts.train_loader))
+    state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
+    trainer.fit()
+    untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
+    latency = _latency(parts.network, next(iter(parts.train_loader))[0][:1], state)
+    trainer.close()
+    return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
+
+
+def _at(share: float, state: State, batches_per_epoch: int, batch_size: int) -> Timestamp:
+    """The beginning of the epoch that lies at a share of the run's duration."""
+    assert state.max_duration is not None
+    total: Time[int] = state.max_duration
+    epochs = {
+        TimeUnit.EPOCH: total.value,
+        TimeUnit.BATCH: total.value / batches_per_epoch,
+        TimeUnit.SAMPLE: total.value / (batches_per_epoch * batch_size),
+    }
+    epoch = int(share * epochs[total.unit])
+    batch = epoch * batches_per_epoch
+    return Timestamp(epoch=epoch, batch=batch, sample=batch * batch_size)
+
+
+def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
+    device = _device(state)
+    image = image.to(device)
+    network.eval()
+
+    def seconds() -> float:
+        synchronize(device)
+        started = perf_counter()
+        inference_step(network, image, lambda: get_precision_context(state.precision, state.precision_config))
+        synchronize(device)
+        return perf_counter() - started
+
+    seconds()
+    untimed, timed = steps_per_visit(seconds())
+    return median([seconds() for _ in range(untimed + timed)][untimed:])
+
+
+def _device(state: State) -> torch.device:
+    return torch.device(state.device.name if state.device.name != "gpu" else "cuda")
+
+
+def _steps_per_turn(seconds_per_step: float) -> int:
+    return min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds_per_step)))
+
+
+def _from_rank_zero(number: float) -> float:
+    numbers = [number]
+    dist.broadcast_object_list(numbers)
+    return numbers[0]

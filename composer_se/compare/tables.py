@@ -1,0 +1,186 @@
+"""A comparison as a table for the terminal, as Markdown and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from composer_se.compare.arms import Comparison
+from composer_se.compare.judgement import Judgement
+from composer_se.compare.statistics import Estimate, ratio_of_means
+from composer_se.compare.study import Findings
+from composer_se.cost.machine import Machine
+
+__all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
+
+_HEADS = ("arm", "accuracy, %", "at equal epochs", "at equal time", "step time", "latency")
+_EXPLANATION = (
+    "Accuracy on the held-out images after the last step, mean ± standard deviation over seeds. Differences to the "
+    "first arm in percentage points, paired by seed, with their 95 % interval; at equal time: to the first arm trained "
+    "for as long as the arm's training takes. Times: ratios to the first arm, measured in turns."
+)
+
+
+def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], console: Console) -> None:
+    """Prints the table, which fits 80 columns, and a sentence on each arm."""
+    seeds = len(judgements[0].accuracies)
+    table = Table(
+        title=f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm",
+        caption=_EXPLANATION,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1),
+    )
+    for head in _HEADS:
+        table.add_column(
+            head.replace(" ", "\n", 1) if head != "arm" else head, justify="left" if head == "arm" else "right"
+        )
+    for judged in judgements:
+        table.add_row(*_cells(judged, "\n"))
+    console.print(table)
+    for line in _sentences(judgements):
+        console.print(line, highlight=False)
+
+
+def print_speeds(comparison: Comparison, findings: Findings, machine: Machine, console: Console) -> None:
+    """Prints how fast the arms train and infer, where nothing was trained."""
+    table = Table(
+        title=f"{comparison.recipe}: speed",
+        caption=f"Ratios to the first arm, measured in turns, with their 95 % interval. {machine}.",
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1),
+    )
+    for head in ("arm", "ms per step", "ratio", "ms per image", "ratio"):
+        table.add_column(head, justify="left" if head == "arm" else "right")
+    reference = findings.speeds[comparison.reference.name]
+    for arm in comparison.arms:
+        speed = findings.speeds[arm.name]
+        cells = []
+        for ours, theirs in ((speed.step, reference.step), (speed.latency, reference.latency)):
+            ratio = "1" if speed is reference else _ratio(ratio_of_means(ours, theirs), " ")
+            cells += [f"{1e3 * mean(ours):.4g}", ratio]
+        table.add_row(arm.name, *cells)
+    console.print(table)
+
+
+def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], machine: Machine) -> str:
+    """The report: table, sentences, picture, how it was made, and every run's final accuracy."""
+    lines = [f"# {comparison.recipe}: {' / '.join(arm.name for arm in comparison.arms)}", ""]
+    lines += markdown_table(judgements)
+    lines += ["", f"{_EXPLANATION}", ""]
+    lines += [f"- {line}" for line in _sentences(judgements)]
+    lines += ["", "![Accuracy against epochs, training time and latency, and paired differences](comparison.png)", ""]
+    lines += [conditions(comparison, findings, machine), "", "```", command(comparison), "```", ""]
+    lines += ["## Every run", "", "| run | steps | final accuracy, % | wall time, s |", "|---|---|---|---|"]
+    runs = [run for arm in comparison.arms for run in findings.runs[arm.name]] + findings.other_lengths
+    lines += [f"| {run.run} | {run.batches} | {100 * run.accuracy:.2f} | {run.wall_seconds:.0f} |" for run in runs]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(judgements: Sequence[Judgement]) -> list[str]:
+    """The lines of the table in Markdown."""
+    heads = [*_HEADS[:-2], *_HEADS[-2:], "SE layers", "parameters"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for judged in judgements:
+        cells = [*_cells(judged, " "), str(judged.se_layers or "–"), f"{judged.parameters:,}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], machine: Machine) -> str:
+    """Everything: the question, the raw findings, and what was made of them."""
+    content = {
+        "recipe": comparison.recipe,
+        "overrides": comparison.overrides,
+        "arms": [dataclasses.asdict(arm) for arm in comparison.arms],
+        "command": command(comparison),
+        "machine": dataclasses.asdict(machine),
+        "speeds": {name: dataclasses.asdict(speed) for name, speed in findings.speeds.items()},
+        "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in findings.runs.items()},
+        "other_lengths": [dataclasses.asdict(run) for run in findings.other_lengths],
+        "judgements": [dataclasses.asdict(judged) for judged in judgements],
+    }
+    return json.dumps(_without_nan(content), indent=1) + "\n"
+
+
+def command(comparison: Comparison) -> str:
+    """The command that makes the comparison again."""
+    words = ["composer-se", "compare", comparison.recipe, *comparison.overrides, "--seeds", str(comparison.num_seeds)]
+    for arm in comparison.arms:
+        words += ["--arm", arm.name, *arm.overrides]
+    return shlex.join(words)
+
+
+def conditions(comparison: Comparison, findings: Findings, machine: Machine) -> str:
+    """What the figures hold for."""
+    reference = comparison.reference.name
+    run, speed = findings.runs[reference][0], findings.speeds[reference]
+    seeds = ", ".join(str(run.seed) for run in findings.runs[reference])
+    overrides = f" with {', '.join(comparison.overrides)}" if comparison.overrides else ""
+    epochs = run.batches / speed.batches_per_epoch
+    return (
+        f"Recipe {comparison.recipe}{overrides}; {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, seeds {seeds}; "
+        f"bands and bars over seeds. Speeds measured in {len(speed.step)} turns: {reference} takes "
+        f"{1e3 * mean(speed.step):.3g} ms per step and {1e3 * mean(speed.latency):.3g} ms per image. {machine}."
+    )
+
+
+def _cells(judged: Judgement, separator: str) -> list[str]:
+    accuracies = [100 * accuracy for accuracy in judged.accuracies]
+    spread = f"{separator}±{stdev(accuracies):.2f}" if len(accuracies) > 1 else ""
+    return [
+        judged.arm,
+        f"{mean(accuracies):.2f}{spread}",
+        _difference(judged.equal_epochs, separator),
+        _difference(judged.equal_time, separator),
+        _ratio(judged.step_time, separator) if judged.equal_epochs else "1",
+        _ratio(judged.latency, separator) if judged.equal_epochs else "1",
+    ]
+
+
+def _sentences(judgements: Sequence[Judgement]) -> list[str]:
+    lines = []
+    for judged in judgements:
+        if judged.equal_epochs is not None:
+            lines.append(f"{judged.arm}: {judged.sentence}")
+        if judged.equal_latency is not None:
+            rival, difference = judged.equal_latency
+            lines.append(
+                f"{judged.arm}, at equal latency: {_difference(difference, ' ')} points beside {rival}, "
+                "the most accurate of the arms that infer no slower."
+            )
+    return lines
+
+
+def _difference(difference: Estimate | None, separator: str) -> str:
+    if difference is None:
+        return "–"
+    value = f"{100 * difference.value:+.2f}"
+    if math.isnan(difference.half_width):
+        return value
+    return f"{value}{separator}[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+
+
+def _ratio(ratio: Estimate, separator: str) -> str:
+    return f"{ratio.value:.2f}{separator}±{ratio.half_width:.2f}"
+
+
+def _without_nan(content: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content

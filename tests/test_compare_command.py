@@ -1,0 +1,198 @@
+"""`composer-se compare` from the command line: real runs, real kills, the launcher."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from recipe_runs import environment
+
+from composer_se.cli import main
+from composer_se.compare import speed, study
+from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
+from composer_se.recipe.build import build_parts
+from composer_se.recipe.run import train
+from composer_se.recipe.run_plan import make_plan
+
+# Digits at their smallest: 5 batches of 16 images per epoch.
+TINY = ("model.name=cifar_resnet8", "train_batch_size=16", "train_subset_num_batches=5", "max_duration=2ep")
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(study, "ROUNDS", 2)
+    monkeypatch.setattr(speed, "TURN_SECONDS", 0.1)
+    return tmp_path
+
+
+def comparison(*arms: Arm, seeds: int = 1, overrides: tuple[str, ...] = TINY) -> Comparison:
+    return Comparison("digits", overrides, arms, seeds, Path("out"))
+
+
+def compare(*arguments: str) -> int:
+    return main(["compare", "digits", *TINY, "--out", "out", *arguments])
+
+
+def test_a_comparison_prints_a_table_of_80_columns_and_leaves_report_picture_and_data(capsys) -> None:
+    assert compare("--seeds", "2") == 0
+    printed = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
+    assert "plain" in printed
+    assert "with SE" in printed
+    assert "2 seeds per arm" in printed
+    found = json.loads(Path("out/results.json").read_text())
+    assert [len(runs) for runs in found["runs"].values()] == [2, 2]
+    assert [run["seed"] for run in found["runs"]["plain"]] == [17, 18]
+    assert [run["se_layers"] for runs in found["runs"].values() for run in runs] == [0, 0, 2, 2]
+    assert all(len(s["step"]) == 2 and min(s["step"] + s["latency"]) > 0 for s in found["speeds"].values())
+    for run in found["other_lengths"]:  # trained for as long as the slower arm, by the speeds measured
+        steps = {name: sum(s["step"]) for name, s in found["speeds"].items()}
+        ratio = steps["with SE"] / steps["plain"]
+        assert run["batches"] == max(1, round(10 * ratio))
+    assert Path("out/comparison.png").stat().st_size > 10_000
+    assert "plain-seed17" in Path("out/results.md").read_text()
+
+
+def test_no_seeds_measure_speeds_and_train_nothing(capsys) -> None:
+    assert compare("--seeds", "0") == 0
+    printed = capsys.readouterr().out
+    assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
+    assert "with SE" in printed
+    assert [path.name for path in Path("out").iterdir()] == ["speeds.json"]
+
+
+def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(capsys) -> None:
+    assert compare("--seeds", "1") == 0
+    before = json.loads(Path("out/results.json").read_text())
+    stamp = Path("out/runs/plain-seed17/summary.json").stat().st_mtime_ns
+    wide = ["--arm", "wide", "algorithms.squeeze_excite.min_channels=1"]
+    arms = ["--arm", "plain", "algorithms.squeeze_excite=null", "--arm", "with SE", *wide]
+    assert compare("--seeds", "1", *arms) == 0
+    after = json.loads(Path("out/results.json").read_text())
+    assert Path("out/runs/plain-seed17/summary.json").stat().st_mtime_ns == stamp
+    assert {name: after["speeds"][name] for name in before["speeds"]} == before["speeds"]
+    assert after["runs"]["plain"] == before["runs"]["plain"]
+    assert after["runs"]["wide"][0]["se_layers"] == 7
+
+
+def test_runs_of_a_comparison_are_those_of_the_recipe_alone() -> None:
+    assert compare("--seeds", "1") == 0
+    from composer_se.recipe.load import load_recipe
+
+    alone, _ = train(load_recipe("digits", [*TINY, "progress_bar=false"]))
+    assert (
+        json.loads(Path("out/runs/with-se-seed17/summary.json").read_text())["metrics"].pop("metrics/eval/CrossEntropy")
+        == alone["metrics"]["metrics/eval/CrossEntropy"]
+    )
+
+
+def test_arms_share_initial_weights_and_images_in_the_same_order() -> None:
+    recipes = run_recipes(comparison(Arm("plain", ("algorithms.squeeze_excite=null",)), Arm("se", ()), seeds=2), 1)
+    built = [build_parts(recipe, make_plan(recipe)) for recipe in recipes.values()]
+    assert {recipe.seed for recipe in recipes.values()} == {18}
+    for one, other in zip(*(parts.network.state_dict().values() for parts in built), strict=True):
+        assert torch.equal(one, other)
+    batches = [next(iter(parts.train_loader)) for parts in built]
+    assert torch.equal(batches[0][0], batches[1][0])
+    assert torch.equal(batches[0][1], batches[1][1])
+
+
+@pytest.mark.parametrize("max_duration", ["2ep", "10ba", "160sp"])
+@pytest.mark.parametrize("batches", [7, 13])
+def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_duration: str, batches: int) -> None:
+    asked = comparison(Arm("plain", ()), overrides=(*TINY, f"max_duration={max_duration}"))
+    recipe = run_recipes(asked, 0)["plain"]
+    summary, _ = train(lengthened(asked, recipe, 10, batches))
+    assert summary["batch"] == batches
+    lines = [json.loads(line) for line in Path(summary["run_folder"], "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr-SGD/group0"] for line in lines if "lr-SGD/group0" in line]
+    assert len(rates) == batches
+    after_warmup = batches - 5
+    assert rates[-1] == pytest.approx(0.1 * (1 + math.cos(math.pi * (after_warmup - 1) / after_warmup)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "-1"], "--seeds -1"),
+        (["--arm", "a", "optimizer.lr=1"], "one arm is nothing"),
+        (["--arm", "a", "--arm", "A!"], "two arms have this name"),
+        (["--arm", "a", "--arm", "optimizer.lr=1"], "write --arm NAME"),
+        (["--arm", "a", "--arm", "b", "seed=3"], "--arm b: seed is set by the comparison"),
+        (["--arm", "a", "--arm", "b", "optimizer.lrr=3"], "--arm b: optimizer.lrr"),
+        (["--arm", "a", "--arm", "b", "eval_dataset=null"], "--arm b: eval_dataset is null"),
+        (
+            ["--arm", "a", "--arm", "b", "algorithms.squeeze_excite.include=blocks*"],
+            "algorithms.squeeze_excite: include",
+        ),
+    ],
+)
+def test_a_wrong_argument_is_named_in_one_line_and_nothing_is_written(arguments, message, capsys) -> None:
+    assert compare(*arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not Path("out").exists()
+
+
+def command(*arguments: str, processes: int | None = None) -> list[str]:
+    words = ["compare", "digits", *TINY, "--out", "out", *arguments]
+    if processes is None:
+        return [sys.executable, "-m", "composer_se.cli", *words]
+    return [str(Path(sys.executable).parent / "composer"), "-n", str(processes), "-m", "composer_se.cli", *words]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_comparison_continues_to_the_same_result(stop: signal.Signals, tmp_path: Path) -> None:
+    arguments = ("--seeds", "1")
+    process = subprocess.Popen(command(*arguments), env=environment(), stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "out/runs/with-se-seed17/metrics.jsonl"
+    deadline = time.monotonic() + 200
+    while not metrics.exists() or metrics.read_text().count("\n") < 7:  # in the second arm's second epoch
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, stop)
+    _, error = process.communicate(timeout=60)
+    if stop is signal.SIGINT:
+        assert process.returncode == 130
+        assert "the same command continues" in error
+    speeds = (tmp_path / "out/speeds.json").read_text()
+    assert main(command(*arguments)[3:]) == 0
+    assert (tmp_path / "out/speeds.json").read_text() == speeds
+    found = json.loads((tmp_path / "out/results.json").read_text())
+
+    undisturbed = run_recipes(comparison(Arm("with SE", ()), seeds=1), 0)["with SE"]
+    summary, was_complete = train(undisturbed)
+    assert was_complete
+    other = run_recipes(Comparison("digits", TINY, (Arm("with SE", ()),), 1, Path("elsewhere")), 0)["with SE"]
+    fresh, _ = train(other)
+    assert summary["metrics"]["metrics/eval/CrossEntropy"] == fresh["metrics"]["metrics/eval/CrossEntropy"]
+    assert found["runs"]["with SE"][0]["accuracies"][-1][1] == fresh["metrics"]["metrics/eval/MulticlassAccuracy"]
+
+
+@pytest.mark.launch
+def test_a_comparison_under_the_launcher(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("--seeds", "1", processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("1 seed per arm") == 1
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    assert [run["batches"] for runs in found["runs"].values() for run in runs] == [10, 10]

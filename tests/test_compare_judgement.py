@@ -1,0 +1,153 @@
+"""What a comparison makes of its runs: pairing, intervals, equal time, equal latency, and the words for them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from composer_se.compare.arms import Arm, Comparison
+from composer_se.compare.judgement import judge
+from composer_se.compare.outcomes import Outcome, accuracy_after
+from composer_se.compare.picture import draw
+from composer_se.compare.speed import Speed
+from composer_se.compare.statistics import Estimate, mean_difference, ratio_of_means, seeds_needed
+from composer_se.compare.study import Findings, other_lengths
+from composer_se.compare.tables import as_json, as_markdown
+from composer_se.cost.machine import Machine
+
+MACHINE = Machine("a processor", 2, 2, None, "2.7.0", "Linux", 0.0)
+
+
+def outcome(seed: int, accuracy: float, batches: int = 100) -> Outcome:
+    curve = ((batches // 2, accuracy - 0.1), (batches, accuracy))
+    return Outcome(f"run-{batches}-seed{seed}", seed, batches, curve, 10.0, 1000, 0)
+
+
+def findings_of(
+    accuracies: dict[str, list[float]], steps: dict[str, float], latencies: dict[str, float] | None = None
+) -> tuple[Comparison, Findings]:
+    arms = tuple(Arm(name, ()) for name in accuracies)
+    seeds = len(next(iter(accuracies.values())))
+    findings = Findings(
+        speeds={
+            name: Speed(
+                tuple(step * wobble for wobble in (0.999, 1.0, 1.001)),
+                tuple((latencies or steps)[name] * wobble for wobble in (1.001, 1.0, 0.999)),
+                50,
+            )
+            for name, step in steps.items()
+        },
+        runs={name: [outcome(17 + i, value) for i, value in enumerate(values)] for name, values in accuracies.items()},
+    )
+    return Comparison("a_recipe", (), arms, seeds, Path("folder")), findings
+
+
+def test_difference_is_paired_by_seed_with_students_interval() -> None:
+    ours, theirs = [0.90, 0.92, 0.95, 0.91], [0.89, 0.90, 0.94, 0.91]
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    difference = mean_difference(ours, theirs)
+    assert difference.value == pytest.approx(np.mean(ours) - np.mean(theirs))
+    assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
+    assert difference.count == 4
+
+
+def test_ratio_of_times_takes_out_what_a_turn_has_in_common() -> None:
+    drift = np.array([1.0, 1.5, 0.8, 2.0, 1.2])
+    ratio = ratio_of_means(list(1.1 * drift), list(drift))
+    assert ratio.value == pytest.approx(1.1)
+    assert ratio.half_width == pytest.approx(0, abs=1e-12)
+
+
+def test_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        base = generator.normal(1.0, 0.05, 8)
+        ratio = ratio_of_means(list(base * generator.normal(1.2, 0.03, 8)), list(base))
+        covered += ratio.low <= 1.2 <= ratio.high
+    assert 0.90 <= covered / 400 <= 0.99
+
+
+def test_one_seed_has_no_interval_and_decides_nothing() -> None:
+    difference = mean_difference([0.9], [0.8])
+    assert math.isnan(difference.low)
+    assert not difference.excludes(0)
+    comparison, findings = findings_of({"plain": [0.8], "se": [0.9]}, {"plain": 1.0, "se": 1.0})
+    assert "one seed decides nothing" in judge(comparison, findings)[1].sentence
+
+
+def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference() -> None:
+    ours, theirs = [0.90, 0.91, 0.92, 0.90, 0.91], [0.90, 0.90, 0.91, 0.91, 0.90]
+    needed = seeds_needed(mean_difference(ours, theirs))
+    deviation = np.std(np.subtract(ours, theirs), ddof=1)
+    half = [stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n) for n in (needed - 1, needed)]
+    assert half[1] <= np.mean(ours) - np.mean(theirs) < half[0]
+    assert seeds_needed(Estimate(0.0, -1.0, 1.0, 5)) is None
+
+
+def test_accuracy_at_a_training_time_is_interpolated_between_the_ends_of_complete_runs() -> None:
+    runs = [outcome(17, 0.90, batches=100), outcome(17, 0.92, batches=200)]
+    assert accuracy_after(30.0, runs, seconds_per_step=0.2) == pytest.approx(0.91)
+    assert accuracy_after(500.0, runs, seconds_per_step=0.2) == pytest.approx(0.92)
+
+
+def test_reference_is_trained_for_the_time_of_the_slowest_and_the_fastest_arm() -> None:
+    comparison, findings = findings_of(
+        {"plain": [0.9], "slow": [0.9], "slower": [0.9], "fast": [0.9], "same": [0.9]},
+        {"plain": 1.0, "slow": 1.2, "slower": 1.5, "fast": 0.8, "same": 1.003},
+    )
+    assert other_lengths(comparison, findings) == [80, 150]
+    comparison, findings = findings_of({"plain": [0.9], "same": [0.9]}, {"plain": 1.0, "same": 1.003})
+    assert other_lengths(comparison, findings) == []
+
+
+def test_equal_time_compares_with_the_reference_trained_for_as_long() -> None:
+    comparison, findings = findings_of(
+        {"plain": [0.90, 0.91, 0.90], "se": [0.92, 0.93, 0.93]}, {"plain": 1.0, "se": 1.5}
+    )
+    findings.other_lengths = [outcome(17 + i, accuracy, 150) for i, accuracy in enumerate((0.93, 0.94, 0.92))]
+    judged = judge(comparison, findings)[1]
+    assert judged.equal_epochs is not None
+    assert judged.equal_time is not None
+    assert judged.equal_epochs.value == pytest.approx(0.07 / 3)
+    assert judged.equal_time.value == pytest.approx(-0.01 / 3)
+    assert judged.step_time.value == pytest.approx(1.5)
+    assert judged.sentence.startswith("is more accurate at equal epochs; the evidence does not decide at equal")
+    assert "seeds" in judged.sentence
+
+
+def test_equal_latency_compares_with_the_most_accurate_arm_that_is_no_slower() -> None:
+    comparison, findings = findings_of(
+        {"plain": [0.90, 0.90], "deep": [0.94, 0.94], "se": [0.92, 0.92]},
+        {"plain": 1.0, "deep": 1.0, "se": 1.0},
+        {"plain": 1.0, "deep": 3.0, "se": 1.2},
+    )
+    plain, deep, se = judge(comparison, findings)
+    assert plain.equal_latency is None
+    assert deep.equal_latency is not None
+    assert deep.equal_latency[0] == "se"
+    assert se.equal_latency is not None
+    assert se.equal_latency[0] == "plain"
+    assert se.equal_latency[1].value == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_report_picture_and_data_hold_every_arm(seeds: int, tmp_path: Path) -> None:
+    import json
+
+    comparison, findings = findings_of(
+        {"plain": [0.9, 0.91, 0.9][:seeds], "with SE": [0.92, 0.91, 0.93][:seeds]}, {"plain": 1.0, "with SE": 1.2}
+    )
+    findings.other_lengths = [outcome(17 + i, 0.91, 120) for i in range(seeds)]
+    judgements = judge(comparison, findings)
+    report = as_markdown(comparison, findings, judgements, MACHINE)
+    assert "| with SE |" in report
+    assert "run-120-seed17" in report
+    found = json.loads(as_json(comparison, findings, judgements, MACHINE))
+    assert len(found["runs"]["with SE"]) == seeds
+    draw(comparison, findings, judgements, "caption", tmp_path / "picture.svg")
+    assert "with SE" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 10_000
