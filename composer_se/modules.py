@@ -14,7 +14,6 @@ from collections.abc import Callable
 from typing import Any, TypeGuard, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 from torch.utils.hooks import RemovableHandle
@@ -115,7 +114,6 @@ class SqueezeExcite2d(nn.Module):
         self.latent_channels = latent_width(latent_channels, num_features)
         self.inplace = inplace
         self.layer_name = f"a SqueezeExcite2d with {num_features} channels"
-        self._parts: _Parts | None = None
         self.pool_and_mlp = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(-3),
@@ -154,17 +152,10 @@ class SqueezeExcite2d(nn.Module):
     @torch.jit.unused
     def _excitation(self) -> Callable[[Tensor], Tensor] | None:
         """What makes logits, (..., C), of the squeezed input, (..., C); None if pool or sigmoid must run as modules."""
-        if any(_GLOBAL_HOOKS):
-            return None
         mlp = self.pool_and_mlp
-        parts = self._parts
-        if parts is None or not parts.are_those_of(mlp):
-            parts = self._parts = _Parts(mlp)
-        if parts.are_untouched():
-            return self._multiply
-        if not _is_untouched(mlp, nn.Sequential) or len(mlp._modules) != 6:
+        if any(_GLOBAL_HOOKS) or not _is_untouched(mlp, nn.Sequential) or len(mlp) != 6:
             return None
-        pool, flatten, fc1, relu, fc2, sigmoid = mlp._modules.values()
+        pool, flatten, fc1, relu, fc2, sigmoid = mlp
         if not (
             _is_untouched(pool, nn.AdaptiveAvgPool2d)
             and _is_untouched(flatten, nn.Flatten)
@@ -172,17 +163,6 @@ class SqueezeExcite2d(nn.Module):
         ):
             return None
         return lambda squeezed: fc2(relu(fc1(squeezed)))
-
-    @torch.jit.unused
-    def _multiply(self, squeezed: Tensor) -> Tensor:
-        """The MLP without three module calls, which take 5 of 30 us per layer at batch 1."""
-        assert self._parts is not None
-        _, _, _, fc1, _, fc2, _ = self._parts.modules
-        w1, w2 = fc1.weight, fc2.weight
-        if squeezed.numel() == w1.shape[1]:
-            # One image: products with a vector, 20 us less per layer of a ResNet-50 than with a matrix of one row.
-            return torch.mv(w2, torch.mv(w1, squeezed.view(-1)).relu_()).view(squeezed.shape)
-        return F.linear(F.linear(squeezed, w1).relu_(), w2)
 
     @torch.jit.unused
     def _gate_with_kernels(self, input: Tensor, excite: Callable[[Tensor], Tensor], overwrite: bool) -> Tensor:
@@ -195,44 +175,8 @@ class SqueezeExcite2d(nn.Module):
         return "" if self.inplace == "auto" else f"inplace={self.inplace}"
 
 
-class _Parts:
-    """The parts of a block's MLP, and whether calling them does what their classes do and nothing more.
-
-    Asked at every forward pass, and in a large network every object that is looked at is a cache miss: the hooks of
-    all parts, looked at each time, took an eighth of SE's time at batch 1. So they are looked at again only after a
-    hook was registered somewhere. A change of class (by parametrisation, FSDP) is looked for where there are weights.
-    """
-
-    classes = (nn.Sequential, nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
-    kinds_of_hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-    def __init__(self, mlp: nn.Module) -> None:
-        self.modules: tuple[Any, ...] = (mlp, *mlp._modules.values())
-        self.are_standard = tuple(map(type, self.modules)) == self.classes
-        self.unhooked_at: int | None = None  # the count of all hooks ever registered when these had none
-
-    def are_those_of(self, mlp: nn.Module) -> bool:
-        return self.modules == (mlp, *mlp._modules.values())
-
-    def are_untouched(self) -> bool:
-        if not self.are_standard:
-            return False
-        if self.unhooked_at != RemovableHandle.next_id:
-            if any(getattr(module, kind) for module in self.modules for kind in self.kinds_of_hooks):
-                return False
-            self.unhooked_at = RemovableHandle.next_id
-        mlp, _, _, fc1, _, fc2, _ = self.modules
-        return (
-            type(mlp) is nn.Sequential
-            and type(fc1) is type(fc2) is nn.Linear
-            and "forward" not in mlp.__dict__
-            and "forward" not in fc1.__dict__
-            and "forward" not in fc2.__dict__
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Copied and unpickled modules find out anew: what is true of the hooks here need not be there.
-        return type(None), ()
+_MLP_CLASSES = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
+_STANDARD_CLASSES = (nn.Conv2d, SqueezeExcite2d, nn.Sequential, *_MLP_CLASSES)
 
 
 class SqueezeExciteConv2d(nn.Module):
@@ -281,6 +225,7 @@ class SqueezeExciteConv2d(nn.Module):
         elif args or kwargs:
             raise TypeError("Give either conv or the arguments of a new Conv2d, not both.")
         self.followed_by_norm = followed_by_norm
+        self._known_untouched: tuple[int, tuple[nn.Module, ...]] | None = None
         self.conv = conv
         self.se = SqueezeExcite2d(
             conv.out_channels,
@@ -302,9 +247,14 @@ class SqueezeExciteConv2d(nn.Module):
     @torch.jit.unused
     def _scale(self, input: Tensor) -> Tensor:
         # Not self.conv and self.se, which Python looks for in four places: 2 us per layer.
-        conv, se = self._modules["conv"], self._modules["se"]
-        assert conv is not None
-        assert se is not None
+        conv: Any = self._modules["conv"]
+        se: Any = self._modules["se"]
+        if not torch.is_grad_enabled() and not ops.takes_plain_formula(input):
+            weights = self._weights_if_untouched(conv, se)
+            if weights is not None:
+                # What conv(input) comes to, without the way there: 6 us per layer.
+                u = conv._conv_forward(input, conv._parameters["weight"], conv._parameters["bias"])
+                return se(u, True) if ops.takes_kernels(u) else ops.squeeze_excite_(u, *weights)
         # Whether the conv's output is surely ours, and will stay as the gate leaves it.
         may_overwrite = (
             (self.followed_by_norm or not torch.is_grad_enabled())
@@ -313,6 +263,39 @@ class SqueezeExciteConv2d(nn.Module):
             and not any(_GLOBAL_HOOKS)
         )
         return se(conv(input), may_overwrite)
+
+    def _weights_if_untouched(self, conv: nn.Module, se: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """The MLP's weights, if they and the conv's are all that forward passes without gradients need.
+
+        That is, if ``inplace`` allows to overwrite, and calling conv, block and the parts of the MLP would do what
+        their classes do and nothing more. At batch 1 caches are cold and each object looked at costs: hooks and classes
+        are looked at again only after a hook was registered somewhere or a module was replaced.
+        """
+        if type(se) is not SqueezeExcite2d or se.inplace is False:
+            return None
+        mlp: Any = se._modules["pool_and_mlp"]
+        modules: tuple[Any, ...] = (conv, se, mlp, *mlp._modules.values())
+        known = RemovableHandle.next_id, modules  # the former counts all hooks ever registered
+        if known != self._known_untouched:
+            if any(_GLOBAL_HOOKS) or tuple(map(type, modules)) != _STANDARD_CLASSES or any(map(_has_hooks, modules)):
+                return None
+            self._known_untouched = known
+        _, _, _, _, _, fc1, _, fc2, _ = modules
+        if (
+            "forward" in conv.__dict__
+            or "forward" in se.__dict__
+            or "forward" in mlp.__dict__
+            or "forward" in fc1.__dict__
+            or "forward" in fc2.__dict__
+        ):
+            return None
+        # Parametrisation takes weights out of here; quantisation and sharding put tensors of their own classes in.
+        w, w1, w2 = conv._parameters.get("weight"), fc1._parameters.get("weight"), fc2._parameters.get("weight")
+        return (w1, w2) if type(w) is type(w1) is type(w2) is nn.Parameter else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copied and unpickled modules find out anew: what is true of the hooks here need not be there.
+        return {**self.__dict__, "_known_untouched": None}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -352,9 +335,13 @@ def _is_untouched(module: nn.Module | None, module_class: type[ModuleT]) -> Type
         module is not None
         and type(module) is module_class
         and "forward" not in module.__dict__
-        and not (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
+        and not _has_hooks(module)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -11,7 +11,10 @@ import pytest
 import torch
 from helpers import conv_norm_net, plain_squeeze_excite, saved_bytes
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from composer_se import SqueezeExcite2d, SqueezeExciteConv2d
 
@@ -343,3 +346,162 @@ def test_whole_module_goes_through_torch_save() -> None:
     torch.save(layer, buffer)
     buffer.seek(0)
     assert torch.equal(torch.load(buffer, weights_only=False)(MAPS), layer(MAPS))
+
+
+@pytest.fixture
+def called_before() -> SqueezeExciteConv2d:
+    """A layer that has looked at its parts and found them untouched."""
+    layer = SqueezeExciteConv2d(8, 16, 3, latent_channels=4).eval()
+    with torch.no_grad():
+        layer(MAPS[:1])
+    return layer
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("images", [MAPS, MAPS[:1], MAPS[0], MAPS[:1, :, :3, :3]], ids=["2", "1", "unbatched", "1x1"])
+def test_formula_of_the_paper_without_gradients(images, dtype) -> None:
+    layer = SqueezeExciteConv2d(8, 16, 3, latent_channels=4, dtype=dtype)
+    images = images.to(dtype)
+    expected = plain_squeeze_excite(layer.conv(images), *weights(layer.se))
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            torch.testing.assert_close(layer(images), expected, **tolerance)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize("record_gradients", [True, False])
+def test_formula_of_the_paper_under_autocast(record_gradients, batch_size) -> None:
+    layer, images = SqueezeExciteConv2d(8, 16, 3, latent_channels=4), MAPS[:batch_size]
+    with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(record_gradients):
+        expected = plain_squeeze_excite(layer.conv(images), *weights(layer.se))
+        out = layer(images)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+
+
+def test_one_image_without_gradients_takes_as_few_operators_as_can_be(called_before) -> None:
+    image = MAPS[:1]
+    with torch.no_grad(), Operators() as seen:
+        called_before(image)
+    assert seen.names == ["convolution", "view", "mv", "mv", "relu_", "mv", "sigmoid_", "unsqueeze", "mul_"]
+
+
+@pytest.mark.parametrize("part", ["conv", "se", "se.pool_and_mlp", *(f"se.pool_and_mlp.{i}" for i in range(6))])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hook_registered_after_the_first_call_fires(part, kind, called_before) -> None:
+    seen = []
+    handle = getattr(called_before.get_submodule(part), kind)(lambda *args: seen.append(args))
+    with torch.no_grad():
+        called_before(MAPS[:1])
+        handle.remove()
+        called_before(MAPS[:1])
+    assert len(seen) == 1
+
+
+def test_hook_on_all_modules_registered_after_the_first_call_fires(called_before) -> None:
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    with torch.no_grad():
+        called_before(MAPS[:1])
+    handle.remove()
+    assert {called_before.conv, called_before.se} < set(seen)
+
+
+@pytest.mark.parametrize("part", ["conv", "se", "se.pool_and_mlp", "se.pool_and_mlp.2", "se.pool_and_mlp.4"])
+def test_forward_patched_after_the_first_call_is_called(part, called_before) -> None:
+    module, called = called_before.get_submodule(part), []
+    original = module.forward
+    module.forward = lambda *args: called.append(args) or original(*args)
+    with torch.no_grad():
+        called_before(MAPS[:1])
+    assert len(called) == 1
+
+
+def test_parts_replaced_after_the_first_call_are_used(called_before) -> None:
+    image, (w1, w2) = MAPS[:1], weights(called_before.se)
+    called_before.conv = nn.Conv2d(8, 16, 1)
+    called_before.se.pool_and_mlp[3] = nn.SiLU()
+    with torch.no_grad():
+        u = called_before.conv(image)
+        expected = u * torch.sigmoid(nn.functional.silu(u.mean((2, 3)) @ w1.T) @ w2.T)[:, :, None, None]
+        torch.testing.assert_close(called_before(image), expected)
+
+
+def test_weight_parametrised_after_the_first_call_is_used(called_before) -> None:
+    image = MAPS[:1]
+    for part in (called_before.conv, called_before.se.pool_and_mlp[2], called_before.se.pool_and_mlp[4]):
+        nn.utils.parametrize.register_parametrization(part, "weight", Twice())
+    with torch.no_grad():
+        expected = plain_squeeze_excite(called_before.conv(image), *weights(called_before.se))
+        torch.testing.assert_close(called_before(image), expected)
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class OwnRules(Tensor):
+    """A weight as quantisation libraries make them: it knows how to be used by `linear`, and nothing else."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.mv, torch.mm):
+            raise NotImplementedError(f"{func}")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_weights_of_a_class_of_their_own_are_used_by_their_layers(called_before) -> None:
+    with torch.no_grad():
+        expected = called_before(MAPS[:1])
+        for part in (called_before.se.pool_and_mlp[2], called_before.se.pool_and_mlp[4]):
+            part.weight = nn.Parameter(part.weight.detach().as_subclass(OwnRules))
+        torch.testing.assert_close(called_before(MAPS[:1]).as_subclass(Tensor), expected)
+
+
+def test_out_of_place_leaves_the_output_of_the_conv(called_before) -> None:
+    called_before.se.inplace = False
+    with torch.no_grad(), Operators() as seen:
+        called_before(MAPS[:1])
+    assert "mul" in seen.names
+    assert "mul_" not in seen.names
+
+
+def test_run_on_fake_tensors_leaves_nothing_fake_behind() -> None:
+    layer, image = SqueezeExciteConv2d(8, 16, 1), torch.randn(1, 8, 11, 13)  # a size that no other test has
+    with torch.no_grad():
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert isinstance(layer(image), FakeTensor)
+        torch.testing.assert_close(layer(image), plain_squeeze_excite(layer.conv(image), *weights(layer.se)))
+
+
+FIRED: list[nn.Module] = []
+
+
+def note(module: nn.Module, args: Any, out: Any) -> None:
+    FIRED.append(module)
+
+
+def test_unpickled_layer_looks_for_its_hooks_anew(called_before, monkeypatch) -> None:
+    count = RemovableHandle.next_id
+    called_before.se.register_forward_hook(note)
+    pickled = pickle.dumps(called_before)
+    monkeypatch.setattr(RemovableHandle, "next_id", count)  # as it may be in another process
+    twin = pickle.loads(pickled)
+    with torch.no_grad():
+        twin(MAPS[:1])
+    assert len(FIRED) == 1
+    assert FIRED[0] is twin.se
