@@ -126,7 +126,7 @@ class _Stopwatch(Callback):
 
 
 def _take_turn(recipe: Recipe, share: float, steps: int) -> _Turn:
-    """Trains some steps from a point of the run's duration on, then infers."""
+    """Infers, then trains some steps from a point of the run's duration on."""
     plan = make_plan(recipe)
     algorithms = [component.build() for component in plan.algorithms]
     parts = build_parts(recipe, plan)
@@ -144,10 +144,11 @@ def _take_turn(recipe: Recipe, share: float, steps: int) -> _Turn:
         )
     state = trainer.state
     batches_per_epoch = int(state.dataloader_len or len(parts.train_loader))
+    # Before training: its data workers would still be fetching beside the inference, which took up to twice as long.
+    latency = _latency(parts.network, torch.as_tensor(parts.train_loader.dataset[0][0])[None], state)
     state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
     trainer.fit()
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
-    latency = _latency(parts.network, next(iter(parts.train_loader))[0][:1], state)
     trainer.close()
     return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
 
@@ -180,7 +181,9 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
 
     seconds()
     untimed, timed = steps_per_visit(seconds())
-    return median([seconds() for _ in range(untimed + timed)][untimed:])
+    times = [seconds() for _ in range(untimed + timed)]
+    network.train()
+    return median(times[untimed:])
 
 
 def _device(state: State) -> torch.device:
