@@ -107,8 +107,10 @@ def test_other_spellings_of_a_name_work(section: str, name: str, canonical: str)
     assert resolve(section, name, section) is components(section)[canonical]
 
 
-def test_squeeze_excite_is_ours() -> None:
+def test_squeeze_excite_is_ours_and_composers_has_a_name_of_its_own() -> None:
     assert resolve("algorithms", "squeeze_excite", "algorithms") is composer_se.SqueezeExcite
+    theirs = resolve("algorithms", "composer_squeeze_excite", "algorithms")
+    assert theirs.__module__ == "composer.algorithms.squeeze_excite.squeeze_excite"
 
 
 def takes(
