@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from composer import Callback
 from recipe_runs import TINY, command, environment, final_state, train
 
 from composer_se.recipe.checkpoints import check_latest
+from composer_se.recipe.interruption import exit_code_of
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.run import train as train_here
 from composer_se.train import main
 
 pytestmark = pytest.mark.launch
@@ -177,3 +183,25 @@ def test_checkpoint_that_can_not_be_written_leaves_the_one_before(copied: Path) 
     assert "File too large" in done.stderr
     check_latest(CHECKPOINTS)
     assert not (CHECKPOINTS / "ep1-ba6-rank0.pt").exists()
+
+
+class _SignalWhenPickled:
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return int, ()
+
+
+class _InterruptsTheFirstCheckpoint(Callback):
+    def state_dict(self):
+        return {"signal": _SignalWhenPickled()}
+
+
+def test_a_signal_in_the_middle_of_a_checkpoint_leaves_no_file_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("digits", [*TINY, "max_duration=2ep"])
+    assert exit_code_of(lambda: train_here(recipe, [_InterruptsTheFirstCheckpoint()]), tmp_path) == 130
+    assert not list(Path(recipe.save_folder).glob("*.pt"))
+    summary, _ = train_here(recipe)
+    assert summary["batch"] == 10

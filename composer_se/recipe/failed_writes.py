@@ -14,7 +14,7 @@ from composer_se.errors import UserError
 from composer_se.recipe.checkpoints import LATEST
 from composer_se.recipe.messages import one_line
 
-__all__ = ["explain_failed_write", "replace_file", "writing"]
+__all__ = ["explain_failed_write", "remove_unfinished_checkpoint", "replace_file", "writing"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -61,14 +61,30 @@ def explain_failed_write(error: BaseException, run_folder: Path) -> str | None:
     cause = next((link for link in _chain(error) if isinstance(link, OSError) and link.errno), None)
     if cause is None:
         return None
-    checkpoint = _checkpoint_being_written(error)
+    checkpoint = remove_unfinished_checkpoint(error)
     if checkpoint:
-        checkpoint.unlink(missing_ok=True)
         latest = checkpoint.parent / LATEST
         origin = f"{latest.resolve().name}, which is intact" if latest.exists() else "the start"
         return _complaint(checkpoint, cause, checkpoint.parent, origin)
     if cause.errno in _FULL:
         return _complaint(Path(os.fsdecode(cause.filename)) if cause.filename else run_folder, cause, run_folder)
+    return None
+
+
+def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
+    """Deletes the checkpoint whose writing an error or a signal cut short.
+
+    It has to go: torch.save closes the file even then, so that it looks whole, but parts of it are missing.
+
+    Returns:
+        Its path; None if no checkpoint was being written.
+    """
+    for link in _chain(error):
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            if frame.f_code.co_name == "_write_checkpoint_file":
+                checkpoint = Path(frame.f_locals["filename"])
+                checkpoint.unlink(missing_ok=True)
+                return checkpoint
     return None
 
 
@@ -84,10 +100,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def _checkpoint_being_written(error: BaseException) -> Path | None:
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "_write_checkpoint_file":
-            return Path(frame.f_locals["filename"])
-    return None

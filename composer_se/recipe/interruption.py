@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from composer_se.errors import UserError
-from composer_se.recipe.failed_writes import explain_failed_write
+from composer_se.recipe.failed_writes import explain_failed_write, remove_unfinished_checkpoint
 
 __all__ = ["exit_code_of"]
 
@@ -29,29 +29,26 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
     """
     try:
         work()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, KeyboardInterrupt, SystemExit) as error:
         code = _interruption_behind(error)
-        if code is None:
-            complaint = explain_failed_write(error, folder)
-            if complaint is None:
-                raise
-            raise UserError(complaint) from error
-        return code
-    except KeyboardInterrupt:
-        return 130
-    except SystemExit as stop:  # Composer turns SIGINT and SIGTERM into these
-        if stop.code not in _INTERRUPTED:
+        if code is not None:
+            remove_unfinished_checkpoint(error)
+            return code
+        if isinstance(error, SystemExit):
             raise
-        return int(stop.code)
+        complaint = explain_failed_write(error, folder)
+        if complaint is None:
+            raise
+        raise UserError(complaint) from error
     return 0
 
 
 def _interruption_behind(error: BaseException | None) -> int | None:
-    """The exit code of a signal that came while a checkpoint was written: the writer then complains of its file."""
+    """The exit code of the signal behind an error: one that came while a file was written makes its writer complain."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return 130
-        if isinstance(error, SystemExit) and error.code in _INTERRUPTED:
+        if isinstance(error, SystemExit) and error.code in _INTERRUPTED:  # Composer turns signals into these
             return int(error.code)
         error = error.__context__
     return None
