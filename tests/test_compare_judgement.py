@@ -84,6 +84,7 @@ def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference(
     ours, theirs = [0.90, 0.91, 0.92, 0.90, 0.91], [0.90, 0.90, 0.91, 0.91, 0.90]
     needed = seeds_needed(mean_difference(ours, theirs))
     deviation = np.std(np.subtract(ours, theirs), ddof=1)
+    assert needed is not None
     half = [stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n) for n in (needed - 1, needed)]
     assert half[1] <= np.mean(ours) - np.mean(theirs) < half[0]
     assert seeds_needed(Estimate(0.0, -1.0, 1.0, 5)) is None
@@ -116,7 +117,7 @@ def test_equal_time_compares_with_the_reference_trained_for_as_long() -> None:
     assert judged.equal_epochs.value == pytest.approx(0.07 / 3)
     assert judged.equal_time.value == pytest.approx(-0.01 / 3)
     assert judged.step_time.value == pytest.approx(1.5)
-    assert judged.sentence.startswith("is more accurate at equal epochs; the evidence does not decide at equal")
+    assert judged.sentence.startswith("more accurate than plain at equal epochs; the evidence does not decide at equal")
     assert "seeds" in judged.sentence
 
 

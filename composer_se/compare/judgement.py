@@ -55,11 +55,11 @@ def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
     runs = findings.runs[arm]
     ours = [run.accuracy for run in runs]
     equal_epochs = equal_time = None
-    sentence = "is what the others are compared with."
+    sentence = "what the others are compared with."
     if arm != reference:
         equal_epochs = mean_difference(ours, [run.accuracy for run in findings.runs[reference]])
         equal_time = mean_difference(ours, _reference_at_time_of(arm, reference, findings))
-        sentence = _sentence(equal_epochs, equal_time)
+        sentence = _sentence(equal_epochs, equal_time, reference)
     return Judgement(
         arm=arm,
         accuracies=tuple(ours),
@@ -101,18 +101,19 @@ def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tupl
     return rival, mean_difference(final(arm), final(rival))
 
 
-def _sentence(equal_epochs: Estimate, equal_time: Estimate) -> str:
-    epochs, time = _verdict(equal_epochs), _verdict(equal_time)
+def _sentence(equal_epochs: Estimate, equal_time: Estimate, reference: str) -> str:
+    epochs, time = _verdict(equal_epochs, reference), _verdict(equal_time, reference)
+    advice = _advice([equal_epochs, equal_time])
     if epochs == time:
-        return f"{epochs}, at equal epochs and at equal training time.{_advice([equal_epochs, equal_time])}"
-    return f"{epochs} at equal epochs; {time} at equal training time.{_advice([equal_epochs, equal_time])}"
+        return f"{epochs}, at equal epochs as at equal training time.{advice}"
+    return f"{epochs} at equal epochs; {time} at equal training time.{advice}"
 
 
-def _verdict(difference: Estimate) -> str:
+def _verdict(difference: Estimate, reference: str) -> str:
     if difference.count < 2:
         return "one seed decides nothing"
     if difference.excludes(0):
-        return "is more accurate" if difference.value > 0 else "is less accurate"
+        return f"{'more' if difference.value > 0 else 'less'} accurate than {reference}"
     return "the evidence does not decide"
 
 

@@ -43,11 +43,13 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     (epochs, time), (latency, differences) = figure.subplots(2, 2)
     _draw_curves(epochs, findings, styles, {name: 1 / s.batches_per_epoch for name, s in findings.speeds.items()})
-    epochs.set(title="Accuracy against epochs", xlabel="epochs", ylabel="held-out accuracy, %")
+    epochs.set(title="Accuracy against epochs (bands: range of seeds)", xlabel="epochs", ylabel="held-out accuracy, %")
+    epochs.xaxis.get_major_locator().set_params(integer=True)
     reference = findings.speeds[comparison.reference.name]
     unit, length = _unit(max(run.batches for runs in findings.runs.values() for run in runs) * mean(reference.step))
     _draw_curves(time, findings, styles, {name: mean(s.step) / length for name, s in findings.speeds.items()})
-    _draw_other_lengths(time, findings, styles[comparison.reference.name], mean(reference.step) / length)
+    label = f"{comparison.reference.name}, trained for the time of another arm"
+    _draw_other_lengths(time, findings, label, styles[comparison.reference.name], mean(reference.step) / length)
     time.set(title="Accuracy against training time", xlabel=f"training time, {unit}", ylabel="held-out accuracy, %")
     _draw_latency(latency, findings, judgements, styles)
     _draw_differences(differences, judgements, styles)
@@ -56,7 +58,15 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = epochs.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    figure.legend(
+        handles,
+        labels,
+        title=f"{comparison.recipe}, seeds per arm: {len(judgements[0].accuracies)}",
+        title_fontproperties={"weight": "bold"},
+        loc="outside upper center",
+        ncols=min(5, len(labels)),
+        frameon=False,
+    )
     figure.supxlabel(fill(caption, 125), fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -75,18 +85,15 @@ def _draw_curves(axis: Any, findings: Findings, styles: dict[str, _Style], scale
     axis.set_ylim(bottom=max(min(seen) - 0.5, max(finals) - 4 * max(1.0, max(finals) - min(finals))))
 
 
-def _draw_other_lengths(axis: Any, findings: Findings, style: _Style, scale: float) -> None:
+def _draw_other_lengths(axis: Any, findings: Findings, label: str, style: _Style, scale: float) -> None:
     """The reference's ends when trained for the time of other arms."""
     lengths = sorted({run.batches for run in findings.other_lengths})
-    for i, batches in enumerate(lengths):
+    for batches in lengths:
         values = [100 * run.accuracy for run in findings.other_lengths if run.batches == batches]
         spread = [[mean(values) - min(values)], [max(values) - mean(values)]]
-        label = "the same, trained for the time of another arm" if i == 0 else None
-        axis.errorbar(
-            [batches * scale], [mean(values)], yerr=spread, capsize=3, mfc="white", markersize=7, label=label, **style
-        )
+        axis.errorbar([batches * scale], [mean(values)], yerr=spread, capsize=3, mfc="white", markersize=7, **style)
     if lengths:
-        axis.legend(loc="lower right", frameon=False, fontsize="small")
+        axis.legend([axis.containers[0]], [label], loc="lower right", frameon=False, fontsize="small")
 
 
 def _draw_latency(axis: Any, findings: Findings, judgements: Sequence[Judgement], styles: dict[str, _Style]) -> None:

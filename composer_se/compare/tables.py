@@ -131,8 +131,8 @@ def conditions(comparison: Comparison, findings: Findings, machine: Machine) -> 
     overrides = f" with {', '.join(comparison.overrides)}" if comparison.overrides else ""
     epochs = run.batches / speed.batches_per_epoch
     return (
-        f"Recipe {comparison.recipe}{overrides}; {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, seeds {seeds}; "
-        f"bands and bars over seeds. Speeds measured in {len(speed.step)} turns: {reference} takes "
+        f"Recipe {comparison.recipe}{overrides}; {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, seeds {seeds}. "
+        f"Speeds measured in {len(speed.step)} turns: {reference} takes "
         f"{1e3 * mean(speed.step):.3g} ms per step and {1e3 * mean(speed.latency):.3g} ms per image. {machine}."
     )
 
@@ -153,8 +153,9 @@ def _cells(judged: Judgement, separator: str) -> list[str]:
 def _sentences(judgements: Sequence[Judgement]) -> list[str]:
     lines = []
     for judged in judgements:
-        if judged.equal_epochs is not None:
-            lines.append(f"{judged.arm}: {judged.sentence}")
+        if judged.equal_epochs is None:
+            continue
+        lines.append(f"{judged.arm}: {judged.sentence}")
         if judged.equal_latency is not None:
             rival, difference = judged.equal_latency
             lines.append(
