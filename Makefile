@@ -5,16 +5,10 @@ BIN    := $(VENV)/bin
 # Two workers with one thread each: on two cores a test process with two threads waits for its neighbour.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-# Arms of the studies. With one thread for training, the loader has the other core for itself.
-COMPARE     := $(BIN)/composer-se compare
-NO_SE       := algorithms.squeeze_excite=null
-LOADER      := train_dataset.num_workers=1
-RANDAUGMENT := --arm 'no SE' $(NO_SE) $(LOADER) --arm 'SE' $(LOADER) \
-    --arm 'RandAugment' $(NO_SE) $(LOADER) algorithms.randaugment={} \
-    --arm 'SE and RandAugment' $(LOADER) algorithms.randaugment={}
+NO_SE := algorithms.squeeze_excite=null
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility format cost study claims gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility format cost study gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -38,19 +32,10 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 	$(BIN)/python docs/update_readme.py
 
 study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/study: hours from nothing
-	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/study --arm 'no SE' $(NO_SE) --arm 'SE' \
+	$(BIN)/composer-se compare fashion_mnist_resnet8 --seeds 5 --out docs/study --arm 'no SE' $(NO_SE) --arm 'SE' \
 	    --arm 'SE on all convs' algorithms.squeeze_excite.min_channels=1 \
 	    --arm 'built-in on all convs' $(NO_SE) \
 	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}'
-	$(BIN)/python docs/update_readme.py
-
-claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
-	OMP_NUM_THREADS=1 $(COMPARE) digits --seeds 0 --out docs/claims/randaugment-data-bound $(RANDAUGMENT)
-	OMP_NUM_THREADS=1 $(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/claims/randaugment-compute-bound $(RANDAUGMENT)
-	$(COMPARE) digits --seeds 5 --out docs/claims/selective-backprop \
-	    --arm 'no SE' $(NO_SE) --arm 'SE' \
-	    --arm 'SelectiveBackprop' $(NO_SE) algorithms.selective_backprop={} \
-	    --arm 'SE and SelectiveBackprop' algorithms.selective_backprop={}
 	$(BIN)/python docs/update_readme.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

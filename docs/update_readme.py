@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from composer_se.compare.statistics import ratio_of_means
 from composer_se.cost.machine import Machine
 from composer_se.cost.statistics import Ratio
 
@@ -79,8 +78,7 @@ def with_tables(readme: str) -> str:
     tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
     rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
     readme = _replaced(readme, "compatibility", rows.strip())
-    readme = _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
-    return _replaced(readme, "claims", claims_table(DOCS / "claims"))
+    return _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
 
 
 def study_table(report: str) -> str:
@@ -89,25 +87,6 @@ def study_table(report: str) -> str:
     decided = re.findall(r"(?:^- .*\n)+", report, re.MULTILINE)[0]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
     return f"{table}\n{decided}\n{conditions}"
-
-
-def claims_table(folder: Path) -> str:
-    """What SE adds to a training step, with and without another algorithm, data-bound and not."""
-    rows = ["| training step with SE over the same without | plain | with the other algorithm |", "|---|---|---|"]
-    for title, name, other in (
-        ("RandAugment, data-bound (digits)", "randaugment-data-bound", "RandAugment"),
-        ("RandAugment, not data-bound (Fashion-MNIST)", "randaugment-compute-bound", "RandAugment"),
-        ("SelectiveBackprop (digits)", "selective-backprop", "SelectiveBackprop"),
-    ):
-        speeds = {
-            arm: entry["speed"]["step"]
-            for arm, entry in json.loads((folder / name / "speeds.json").read_text()).items()
-        }
-        plain = ratio_of_means(speeds["SE"], speeds["no SE"])
-        beside = ratio_of_means(speeds[f"SE and {other}"], speeds[other])
-        cells = [f"{ratio.value:.2f} ±{ratio.half_width:.2f}" for ratio in (plain, beside)]
-        rows.append(f"| {title} | {' | '.join(cells)} |")
-    return "\n".join(rows)
 
 
 def _replaced(readme: str, name: str, table: str) -> str:

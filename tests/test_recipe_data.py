@@ -97,6 +97,8 @@ def test_fashion_mnist_reads_a_flat_folder_of_the_original_files(tmp_path: Path)
     assert np.array_equal(np.asarray(image), pixels[1])
     assert label == 9
     padded, plain = (fashion_mnist(train=True, root=str(tmp_path), padding=padding) for padding in (4, 0))
+    assert plain.transform is not None
+    assert padded.transform is not None
     seen = {tuple(plain.transform(image).flatten().tolist()) for _ in range(20)}
     assert len(seen) == 2  # as it is and mirrored
     assert len({tuple(padded.transform(image).flatten().tolist()) for _ in range(20)}) > 2
