@@ -18,11 +18,11 @@ from composer import Callback, State, Trainer
 from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
 from composer.models import ComposerClassifier
-from composer.utils import dist
 from torch import nn
 
 from composer_se.cost.steps import inference_step
 from composer_se.cost.timing import steps_per_visit, synchronize
+from composer_se.recipe.agreement import from_rank_zero
 from composer_se.recipe.build import algorithm_named, build_parts, num_classes
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
@@ -81,23 +81,21 @@ def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable
     Raises:
         UserError: A recipe can't be built.
     """
-    steps: int | None = None
-    step: dict[str, list[float]] = {name: [] for name in recipes}
-    latency: dict[str, list[float]] = {name: [] for name in recipes}
-    epochs: dict[str, int] = {}
     order = list(recipes)
+    calibration = _take_turn(recipes[order[0]], 0.0, LEAST_STEPS)
+    steps = from_rank_zero(lambda: _steps_per_turn(calibration.step))
+    turns: dict[str, list[_Turn]] = {name: [] for name in recipes}
     shuffle = random.Random(0).shuffle
     for turn in range(rounds):
         shuffle(order)
         for name in order:
             advance(name)
-            if steps is None:
-                steps = _steps_per_turn(_from_rank_zero(_take_turn(recipes[name], 0.0, LEAST_STEPS).step))
-            taken = _take_turn(recipes[name], (turn + 0.5) / rounds, steps)
-            step[name].append(_from_rank_zero(taken.step))
-            latency[name].append(_from_rank_zero(taken.latency))
-            epochs[name] = taken.batches_per_epoch
-    return {name: Speed(tuple(step[name]), tuple(latency[name]), epochs[name]) for name in recipes}
+            turns[name].append(_take_turn(recipes[name], (turn + 0.5) / rounds, steps))
+    speeds = {
+        name: Speed(tuple(t.step for t in taken), tuple(t.latency for t in taken), taken[0].batches_per_epoch)
+        for name, taken in turns.items()
+    }
+    return from_rank_zero(lambda: speeds)
 
 
 @dataclass(frozen=True)
@@ -192,9 +190,3 @@ def _device(state: State) -> torch.device:
 
 def _steps_per_turn(seconds_per_step: float) -> int:
     return min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds_per_step)))
-
-
-def _from_rank_zero(number: float) -> float:
-    numbers = [number]
-    dist.broadcast_object_list(numbers)
-    return numbers[0]

@@ -17,6 +17,7 @@ from composer_se.compare.arms import Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
 from composer_se.compare.speed import ROUNDS, Speed, measure_speeds
 from composer_se.errors import UserError
+from composer_se.recipe.agreement import from_rank_zero, join_processes
 from composer_se.recipe.failed_writes import replace_file
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
@@ -75,9 +76,7 @@ def pursue(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
         The findings after the measuring and after each seed: the same object, grown.
     """
     findings = Findings()
-    if dist.get_world_size() > 1:
-        recipe = run_recipes(comparison, 0)[comparison.reference.name]
-        dist.initialize_dist(recipe.device, recipe.dist_timeout)
+    join_processes(run_recipes(comparison, 0)[comparison.reference.name])
     _read_or_measure_speeds(comparison, findings, progress)
     yield findings
     for index in range(comparison.num_seeds):
@@ -120,7 +119,7 @@ def _read_or_measure_speeds(comparison: Comparison, findings: Findings, progress
     """
     recipes = run_recipes(comparison, 0)
     path = comparison.folder / "speeds.json"
-    stored = _from_rank_zero(lambda: json.loads(path.read_text()) if path.is_file() else {})
+    stored = from_rank_zero(lambda: json.loads(path.read_text()) if path.is_file() else {})
     described = {name: _what_speed_depends_on(recipe) for name, recipe in recipes.items()}
     for name, entry in stored.items():
         if described.get(name) == entry["recipe"]:
@@ -170,11 +169,11 @@ def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
 
 
 def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outcome:
-    kept = _from_rank_zero(lambda: kept_outcome(recipe, folder))
+    kept = from_rank_zero(lambda: kept_outcome(recipe, folder))
     if kept:
         return kept
     summary, _ = train(recipe, [_Watch(what, progress)])
-    outcome = _from_rank_zero(lambda: read_outcome(summary, Path(recipe.run_folder), recipe.seed))
+    outcome = from_rank_zero(lambda: read_outcome(summary, Path(recipe.run_folder), recipe.seed))
     if dist.get_global_rank() == 0:
         keep_outcome(outcome, recipe, folder)
     return outcome
@@ -192,21 +191,3 @@ class _Watch(Callback):
         elapsed = state.get_elapsed_duration()
         assert elapsed is not None
         self.progress(self.what, round(1000 * elapsed.value), 1000)
-
-
-def _from_rank_zero(read: Callable[[], Any]) -> Any:
-    """What rank zero reads, on all ranks; so is the user's error that it meets.
-
-    Raises:
-        UserError: On all ranks.
-    """
-    message: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
-        try:
-            message[0] = read()
-        except UserError as error:
-            message[1] = str(error)
-    dist.broadcast_object_list(message)
-    if message[1]:
-        raise UserError(message[1])
-    return message[0]

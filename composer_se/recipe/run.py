@@ -124,34 +124,27 @@ def log_on_terminal() -> Iterator[None]:
 
 
 def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Rank zero, which alone must see the run folder, decides for all whether there is something to train.
+    """Whether there is something to train: the summary of the run if it is complete already.
 
     Raises:
         UserError: On all ranks: the folder holds another recipe's run, or a latest checkpoint that is damaged.
     """
-    from composer.utils import dist
-
+    from composer_se.recipe.agreement import from_rank_zero, join_processes
     from composer_se.recipe.checkpoints import check_latest, local_folder, restore_latest
     from composer_se.recipe.run_folder import check_unchanged, read_finished
 
-    if dist.get_world_size() > 1:
-        dist.initialize_dist(recipe.device, recipe.dist_timeout)
-    decision: list[Any] = [None, None]
-    if _is_global_rank_zero():
+    def look() -> dict[str, Any] | None:
         checkpoints = local_folder(recipe.save_folder)
-        try:
-            if checkpoints:
-                restore_latest(checkpoints)
-            check_unchanged(recipe)
-            decision[0] = read_finished(recipe)
-            if checkpoints and not decision[0]:
-                check_latest(checkpoints)
-        except UserError as error:
-            decision[1] = str(error)
-    dist.broadcast_object_list(decision)
-    if decision[1]:
-        raise UserError(decision[1])
-    return decision[0]
+        if checkpoints:
+            restore_latest(checkpoints)
+        check_unchanged(recipe)
+        finished = read_finished(recipe)
+        if checkpoints and not finished:
+            check_latest(checkpoints)
+        return finished
+
+    join_processes(recipe)
+    return from_rank_zero(look)
 
 
 def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tuple[Trainer, MetricsFile]:

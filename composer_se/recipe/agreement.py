@@ -1,0 +1,39 @@
+"""What rank zero reads or decides, told to all processes of a launch: only it must see the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from composer.utils import dist
+
+from composer_se.errors import UserError
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["from_rank_zero", "join_processes"]
+
+T = TypeVar("T")
+
+
+def join_processes(recipe: Recipe) -> None:
+    """Lets the processes of a launch talk to each other; a single process has nobody to talk to."""
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(recipe.device, recipe.dist_timeout)
+
+
+def from_rank_zero(read: Callable[[], T]) -> T:
+    """Calls a function on rank zero alone and returns its value on all ranks.
+
+    Raises:
+        UserError: On all ranks, when rank zero met it.
+    """
+    message: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            message[0] = read()
+        except UserError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message)
+    if message[1]:
+        raise UserError(message[1])
+    return message[0]
