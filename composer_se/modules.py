@@ -280,18 +280,19 @@ class SqueezeExciteConv2d(nn.Module):
             if any(_GLOBAL_HOOKS) or tuple(map(type, modules)) != _STANDARD_CLASSES or any(map(_has_hooks, modules)):
                 return None
             self._known_untouched = known
-        _, _, _, _, _, fc1, _, fc2, _ = modules
-        if (
-            "forward" in conv.__dict__
-            or "forward" in se.__dict__
-            or "forward" in mlp.__dict__
-            or "forward" in fc1.__dict__
-            or "forward" in fc2.__dict__
-        ):
+        for module in modules:
+            if "forward" in module.__dict__:
+                return None
+        # Parametrisation changes a module's class and registers no hook; quantisation and sharding put tensors of their
+        # own classes in.
+        fc1, fc2 = modules[5], modules[7]
+        if not (type(conv) is nn.Conv2d and type(fc1) is type(fc2) is nn.Linear):
             return None
-        # Parametrisation takes weights out of here; quantisation and sharding put tensors of their own classes in.
-        w, w1, w2 = conv._parameters.get("weight"), fc1._parameters.get("weight"), fc2._parameters.get("weight")
-        return (w1, w2) if type(w) is type(w1) is type(w2) is nn.Parameter else None
+        of_conv, of_fc1, of_fc2 = conv._parameters, fc1._parameters, fc2._parameters
+        if of_fc1["bias"] is not None or of_fc2["bias"] is not None:
+            return None
+        w1, w2 = of_fc1["weight"], of_fc2["weight"]
+        return (w1, w2) if type(of_conv["weight"]) is type(w1) is type(w2) is nn.Parameter else None
 
     def __getstate__(self) -> dict[str, Any]:
         # Copied and unpickled modules find out anew: what is true of the hooks here need not be there.

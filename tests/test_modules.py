@@ -420,7 +420,7 @@ def test_hook_on_all_modules_registered_after_the_first_call_fires(called_before
     assert {called_before.conv, called_before.se} < set(seen)
 
 
-@pytest.mark.parametrize("part", ["conv", "se", "se.pool_and_mlp", "se.pool_and_mlp.2", "se.pool_and_mlp.4"])
+@pytest.mark.parametrize("part", ["conv", "se", "se.pool_and_mlp", *(f"se.pool_and_mlp.{i}" for i in range(6))])
 def test_forward_patched_after_the_first_call_is_called(part, called_before) -> None:
     module, called = called_before.get_submodule(part), []
     original = module.forward
@@ -438,6 +438,23 @@ def test_parts_replaced_after_the_first_call_are_used(called_before) -> None:
         u = called_before.conv(image)
         expected = u * torch.sigmoid(nn.functional.silu(u.mean((2, 3)) @ w1.T) @ w2.T)[:, :, None, None]
         torch.testing.assert_close(called_before(image), expected)
+
+
+@pytest.mark.parametrize("index", [2, 4])
+def test_bias_of_a_replaced_layer_is_used(index, called_before) -> None:
+    old = called_before.se.pool_and_mlp[index]
+    called_before.se.pool_and_mlp[index] = nn.Linear(old.in_features, old.out_features)
+    with torch.no_grad():
+        u = called_before.conv(MAPS[:1])
+        expected = u * called_before.se.pool_and_mlp(u)[:, :, None, None]
+        torch.testing.assert_close(called_before(MAPS[:1]), expected)
+
+
+def test_bias_of_the_conv_parametrised_after_the_first_call_is_used(called_before) -> None:
+    nn.utils.parametrize.register_parametrization(called_before.conv, "bias", Twice())
+    with torch.no_grad():
+        expected = plain_squeeze_excite(called_before.conv(MAPS[:1]), *weights(called_before.se))
+        torch.testing.assert_close(called_before(MAPS[:1]), expected)
 
 
 def test_weight_parametrised_after_the_first_call_is_used(called_before) -> None:
