@@ -205,3 +205,24 @@ def test_a_signal_in_the_middle_of_a_checkpoint_leaves_no_file_that_looks_whole(
     assert not list(Path(recipe.save_folder).glob("*.pt"))
     summary, _ = train_here(recipe)
     assert summary["batch"] == 10
+
+
+@pytest.mark.parametrize("max_duration", ["2ep", "10ba"])
+def test_a_run_stopped_in_its_last_evaluation_evaluates_and_is_complete(
+    max_duration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("digits", [*TINY, f"max_duration={max_duration}"])
+    expected, _ = train_here(recipe)
+    metrics, summary = Path(recipe.run_folder, "metrics.jsonl"), Path(recipe.run_folder, "summary.json")
+    lines = metrics.read_text().splitlines(keepends=True)
+    assert "metrics/eval" in lines[-1]
+    metrics.write_text("".join(lines[:-1]))
+    summary.unlink()
+    again, was_complete = train_here(recipe)
+    assert not was_complete
+    accuracy = "metrics/eval/MulticlassAccuracy"
+    assert again["metrics"][accuracy] == expected["metrics"][accuracy]
+    assert again["batch"] == 10
+    assert accuracy in metrics.read_text().splitlines()[-1]
+    assert summary.is_file()

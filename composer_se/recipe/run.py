@@ -90,7 +90,10 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
         return finished, True
     trainer, metrics = _build(recipe, plan, callbacks)
     _show_start(recipe, trainer)
-    trainer.fit()
+    if not _is_trained(trainer):
+        trainer.fit()
+    elif trainer.state.evaluators:
+        trainer.eval()  # which was interrupted
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     trainer.close()
     if _is_global_rank_zero():
@@ -215,6 +218,12 @@ def _show_start(recipe: Recipe, trainer: Trainer) -> None:
             f"continuing {recipe.run_folder} from its checkpoint of epoch {int(timestamp.epoch)}, "
             f"batch {int(timestamp.batch)}"
         )
+
+
+def _is_trained(trainer: Trainer) -> bool:
+    """Whether the checkpoint is that of the last step: the run was stopped in its last evaluation."""
+    end = trainer.state.max_duration
+    return end is not None and trainer.state.timestamp.get(end.unit) >= end
 
 
 def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: float) -> dict[str, Any]:
