@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from recipe_runs import environment
 
 from composer_se.cli import main
-from composer_se.compare import speed, study
+from composer_se.compare import kept_speeds, speed
 from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train
@@ -30,7 +31,7 @@ TINY = ("model.name=cifar_resnet8", "train_batch_size=16", "train_subset_num_bat
 def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(study, "ROUNDS", 2)
+    monkeypatch.setattr(kept_speeds, "ROUNDS", 2)
     monkeypatch.setattr(speed, "TURN_SECONDS", 0.1)
     return tmp_path
 
@@ -77,12 +78,29 @@ def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(
     stamp = Path("out/runs/plain-seed17/summary.json").stat().st_mtime_ns
     wide = ["--arm", "wide", "algorithms.squeeze_excite.min_channels=1"]
     arms = ["--arm", "plain", "algorithms.squeeze_excite=null", "--arm", "with SE", *wide]
-    assert compare("--seeds", "1", *arms) == 0
+    assert compare("--seeds", "2", *arms) == 0
     after = json.loads(Path("out/results.json").read_text())
     assert Path("out/runs/plain-seed17/summary.json").stat().st_mtime_ns == stamp
     assert {name: after["speeds"][name] for name in before["speeds"]} == before["speeds"]
-    assert after["runs"]["plain"] == before["runs"]["plain"]
+    assert after["runs"]["plain"][:1] == before["runs"]["plain"]
+    assert [len(runs) for runs in after["runs"].values()] == [2, 2, 2]
     assert after["runs"]["wide"][0]["se_layers"] == 7
+
+
+def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(capsys) -> None:
+    assert compare("--seeds", "1") == 0
+    for change in ("max_duration=3ep", "optimizer.lr=0.3", "eval_subset_num_batches=1"):
+        assert main(["compare", "digits", *TINY, change, "--seeds", "1", "--out", "out"]) == 2
+        error = capsys.readouterr().err
+        assert "--out out: holds a comparison of another recipe" in error
+        assert change.partition("=")[0] in error
+    speeds = Path("out/speeds.json")
+    speeds.write_text(speeds.read_text()[:-20])
+    assert compare("--seeds", "1") == 2
+    assert "out/speeds.json: is damaged" in capsys.readouterr().err
+    speeds.unlink()
+    shutil.rmtree("out/runs")  # of no more use once complete
+    assert compare("--seeds", "1") == 0
 
 
 def test_runs_of_a_comparison_are_those_of_the_recipe_alone() -> None:
@@ -131,6 +149,10 @@ def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_
         (["--arm", "a", "--arm", "b", "seed=3"], "--arm b: seed is set by the comparison"),
         (["--arm", "a", "--arm", "b", "optimizer.lrr=3"], "--arm b: optimizer.lrr"),
         (["--arm", "a", "--arm", "b", "eval_dataset=null"], "--arm b: eval_dataset is null"),
+        (["--arm", "a", "--arm", "b", "eval_interval=0ep"], "--arm b: eval_interval"),
+        (["--arm", "a", "--arm", "b", "max_duration=3ep"], "--arm b: max_duration is '3ep', but '2ep' in a"),
+        (["--arm", "a [/b]", "--arm", "b"], "a name is made of"),
+        (["run_name=x"], "error: run_name is set by the comparison"),
         (
             ["--arm", "a", "--arm", "b", "algorithms.squeeze_excite.include=blocks*"],
             "algorithms.squeeze_excite: include",
@@ -138,7 +160,8 @@ def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_
     ],
 )
 def test_a_wrong_argument_is_named_in_one_line_and_nothing_is_written(arguments, message, capsys) -> None:
-    assert compare(*arguments) == 2
+    shared, options = (arguments, []) if "=" in arguments[0] else ([], arguments)
+    assert main(["compare", "digits", *TINY, *shared, "--out", "out", *options]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error

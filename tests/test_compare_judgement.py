@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 from scipy import stats
 
 from composer_se.compare.arms import Arm, Comparison
 from composer_se.compare.judgement import judge
+from composer_se.compare.kept_speeds import _rescaled
 from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.picture import draw
 from composer_se.compare.speed import Speed
@@ -33,6 +35,7 @@ def findings_of(
     arms = tuple(Arm(name, ()) for name in accuracies)
     seeds = len(next(iter(accuracies.values())))
     findings = Findings(
+        machine=MACHINE,
         speeds={
             name: Speed(
                 tuple(step * wobble for wobble in (0.999, 1.0, 1.001)),
@@ -145,10 +148,20 @@ def test_report_picture_and_data_hold_every_arm(seeds: int, tmp_path: Path) -> N
     )
     findings.other_lengths = [outcome(17 + i, 0.91, 120) for i in range(seeds)]
     judgements = judge(comparison, findings)
-    report = as_markdown(comparison, findings, judgements, MACHINE)
+    report = as_markdown(comparison, findings, judgements)
     assert "| with SE |" in report
     assert "run-120-seed17" in report
-    found = json.loads(as_json(comparison, findings, judgements, MACHINE))
+    found = json.loads(as_json(comparison, findings, judgements))
     assert len(found["runs"]["with SE"]) == seeds
-    draw(comparison, findings, judgements, "caption", tmp_path / "picture.svg")
-    assert "with SE" in (tmp_path / "picture.svg").read_text() or (tmp_path / "picture.svg").stat().st_size > 10_000
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        draw(comparison, findings, judgements, "costs $5 or $6", tmp_path / "picture.svg")
+    picture = (tmp_path / "picture.svg").read_text()
+    for text in ("plain", "with SE", "trained for the time of another arm", "costs $5 or $6", "Difference to plain"):
+        assert text in picture
+
+
+def test_speed_of_a_later_arm_is_told_as_of_the_time_when_the_reference_was_measured() -> None:
+    before, now = Speed((1.0, 1.2), (0.1, 0.1), 50), Speed((2.0, 1.2), (0.2, 0.1), 50)
+    later = _rescaled(Speed((2.4, 1.44), (0.3, 0.15), 50), now, before)
+    assert later.step == pytest.approx((1.2, 1.44))
+    assert later.latency == pytest.approx((0.15, 0.15))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ from composer_se.errors import UserError
 if TYPE_CHECKING:
     from composer_se.compare.arms import Comparison
     from composer_se.compare.study import Findings, Progress
-    from composer_se.cost.machine import Machine
 
 __all__ = ["add_arguments", "run"]
 
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "overrides",
         metavar="key=value",
         nargs="*",
-        help="change a key for all arms, such as max_duration=5ep",
+        help="change a key for all arms, such as max_duration=5ep; before the options",
     )
     parser.add_argument(
         "--seeds",
@@ -88,10 +88,10 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     arms = tuple(Arm(name, tuple(overrides)) for name, *overrides in args.arm)
     slugs = [arm.slug for arm in arms]
     for arm in arms:
-        if not arm.slug:
-            raise UserError(f"--arm {arm.name!r}: a name needs letters or digits")
         if "=" in arm.name:
             raise UserError(f"--arm {arm.name}: the first word is the arm's name; write --arm NAME {arm.name}")
+        if not arm.slug or not re.fullmatch(r"[\w .,:+%()/-]+", arm.name):
+            raise UserError(f"--arm {arm.name!r}: a name is made of letters, digits, spaces and .,:+%()/-")
         if slugs.count(arm.slug) > 1:
             raise UserError(f"--arm {arm.name}: two arms have this name, but for signs and capitals")
     if len(arms) == 1:
@@ -103,43 +103,40 @@ def _comparison(args: argparse.Namespace) -> Comparison:
 
 
 def _pursue(comparison: Comparison) -> None:
-    import torch
     from composer.utils import dist
     from rich.console import Console
 
     from composer_se.compare.judgement import judge
-    from composer_se.compare.study import Findings, pursue
+    from composer_se.compare.study import pursue
     from composer_se.compare.tables import print_judgements, print_speeds
-    from composer_se.cost.machine import describe_machine
 
-    machine = describe_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     speaks = dist.get_global_rank() == 0
+    findings = None
     with _progress_bar() as progress:
-        findings = Findings()
         for findings in pursue(comparison, progress):
             if findings.runs and speaks:
-                _write(comparison, findings, machine)
-    if not speaks:
+                _write(comparison, findings)
+    if findings is None or not speaks:
         return
     if findings.runs:
         print_judgements(comparison, judge(comparison, findings), Console())
         print(f"\n{comparison.folder}: comparison.png, results.md, results.json")
     else:
-        print_speeds(comparison, findings, machine, Console())
+        print_speeds(comparison, findings, Console())
 
 
-def _write(comparison: Comparison, findings: Findings, machine: Machine) -> None:
+def _write(comparison: Comparison, findings: Findings) -> None:
     from composer_se.compare.judgement import judge
     from composer_se.compare.picture import draw
     from composer_se.compare.tables import as_json, as_markdown, conditions
     from composer_se.recipe.failed_writes import replace_file, writing
 
     judgements = judge(comparison, findings)
-    replace_file(comparison.folder / "results.json", as_json(comparison, findings, judgements, machine))
-    replace_file(comparison.folder / "results.md", as_markdown(comparison, findings, judgements, machine))
+    replace_file(comparison.folder / "results.json", as_json(comparison, findings, judgements))
+    replace_file(comparison.folder / "results.md", as_markdown(comparison, findings, judgements))
     picture = comparison.folder / "comparison.png"
     with writing(picture):
-        draw(comparison, findings, judgements, conditions(comparison, findings, machine), picture)
+        draw(comparison, findings, judgements, conditions(comparison, findings), picture)
 
 
 @contextlib.contextmanager

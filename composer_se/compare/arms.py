@@ -17,6 +17,9 @@ __all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
 # What tells the runs of a comparison apart is not for an arm to say.
 _RESERVED = ("seed", "run_name", "run_folder", "save_folder")
 
+# What has to be the same in all arms for their accuracies to be comparable at equal epochs.
+_SHARED = ("max_duration", "scale_schedule_ratio", "eval_dataset", "eval_subset_num_batches")
+
 _WITHOUT_SE = "algorithms.squeeze_excite=null"
 _RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
 
@@ -82,18 +85,39 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
     Raises:
         UserError: A recipe is wrong, or an arm changes what tells runs apart, or has nothing to be evaluated on.
     """
+    for override in comparison.overrides:
+        _refuse(override, _RESERVED[1:], "")
+    load_recipe(comparison.recipe, comparison.overrides)  # what is wrong in all arms is no arm's fault
     recipes = {}
     for arm in comparison.arms:
         for override in arm.overrides:
-            key = override.partition("=")[0].strip()
-            if key in _RESERVED:
-                raise UserError(f"--arm {arm.name}: {key} is set by the comparison itself; leave it out")
-        overrides = (*comparison.overrides, *arm.overrides)
-        recipe = load_recipe(comparison.recipe, overrides)
+            _refuse(override, _RESERVED, f"--arm {arm.name}: ")
+        try:
+            recipe = load_recipe(comparison.recipe, (*comparison.overrides, *arm.overrides))
+        except UserError as error:
+            raise UserError(f"--arm {arm.name}: {error}") from error
         if recipe.eval_dataset is None:
             raise UserError(f"--arm {arm.name}: eval_dataset is null: there would be no accuracy to compare")
         recipes[arm.name] = _placed(recipe, comparison.folder, arm.slug, recipe.seed + seed_index)
+    _check_comparable(recipes, comparison.reference.name)
     return recipes
+
+
+def _refuse(override: str, reserved: Sequence[str], prefix: str) -> None:
+    key = override.partition("=")[0].strip()
+    if key in reserved:
+        raise UserError(f"{prefix}{key} is set by the comparison itself; leave it out")
+
+
+def _check_comparable(recipes: dict[str, Recipe], reference: str) -> None:
+    for name, recipe in recipes.items():
+        for key in _SHARED:
+            ours, theirs = getattr(recipe, key), getattr(recipes[reference], key)
+            if ours != theirs:
+                raise UserError(
+                    f"--arm {name}: {key} is {ours!r}, but {theirs!r} in {reference}; "
+                    "all arms have to be trained for the same duration and evaluated on the same images"
+                )
 
 
 def lengthened(comparison: Comparison, recipe: Recipe, batches_before: int, batches: int) -> Recipe:
@@ -105,13 +129,12 @@ def lengthened(comparison: Comparison, recipe: Recipe, batches_before: int, batc
         batches_before: The number of its training steps.
         batches: The number of steps wanted.
     """
-    has_schedule = recipe.scheduler is not None
-    stretched = dataclasses.replace(
-        recipe,
-        max_duration=f"{batches_before if has_schedule else batches}ba",
+    stretched = dataclasses.replace(recipe, max_duration=f"{batches}ba")
+    if recipe.scheduler is not None:
         # Composer multiplies the duration by the ratio too, and rounds down.
-        scale_schedule_ratio=(batches + 0.5) / batches_before if has_schedule else 1.0,
-    )
+        unscaled = round(batches_before / recipe.scale_schedule_ratio)
+        stretched.max_duration = f"{unscaled}ba"
+        stretched.scale_schedule_ratio = (batches + 0.5) / unscaled
     return _placed(stretched, comparison.folder, f"{comparison.reference.slug}-{batches}ba", recipe.seed)
 
 

@@ -23,8 +23,8 @@ class Judgement:
         accuracies: Final accuracy per seed.
         equal_epochs: How much more accurate it is than the reference after as many epochs. None for the reference.
         equal_time: How much more than the reference trained for as long as this arm trains. None for the reference.
-        equal_latency: How much more than the most accurate of the arms that are no slower in inference, and which that
-            is. None where all others are slower.
+        equal_latency: How much more than the most accurate of the other arms not shown to be slower in inference, and
+            which that is. None where all others are slower.
         step_time: Time of a training step over the reference's.
         latency: Inference time of one image over the reference's.
         parameters: Of the trained network.
@@ -123,6 +123,6 @@ def _advice(differences: Sequence[Estimate]) -> str:
     if not needed:
         return ""
     known = [count for count in needed if count is not None]
-    if not known:
-        return " No number of seeds worth training would decide it."
-    return f" A difference as small as the one seen would take about {max(known)} seeds."
+    if len(known) < len(needed):
+        return " No number of seeds worth training would show a difference as small as the one seen."
+    return f" To show a difference as small as the one seen would take about {max(known)} seeds, at even odds."

@@ -16,10 +16,31 @@ import numpy as np
 
 from composer_se.errors import UserError
 from composer_se.recipe.failed_writes import replace_file
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.messages import one_line
 from composer_se.recipe.run_folder import describe_changes
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["Outcome", "accuracy_after", "keep_outcome", "kept_outcome", "read_outcome"]
+__all__ = ["Outcome", "accuracy_after", "keep_outcome", "kept_outcome", "read_json", "read_outcome"]
+
+# What changes neither the weights nor the accuracy.
+_MAY_CHANGE = (
+    "run_folder",
+    "save_folder",
+    "save_interval",
+    "save_num_checkpoints_to_keep",
+    "callbacks",
+    "loggers",
+    "dist_timeout",
+    "progress_bar",
+    "log_to_console",
+    "console_log_interval",
+    "python_log_level",
+    "train_dataset.num_workers",
+    "train_dataset.root",
+    "eval_dataset.num_workers",
+    "eval_dataset.root",
+)
 
 _ACCURACY = "metrics/eval/MulticlassAccuracy"
 
@@ -89,25 +110,44 @@ def keep_outcome(outcome: Outcome, recipe: Recipe, folder: Path) -> None:
 
 
 def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
-    """Reads the outcome of a recipe's run if it was kept; None if there is none, or one of another length.
+    """Reads the outcome of a recipe's run if it was kept.
 
     Raises:
-        UserError: The outcome kept is that of another recipe.
+        UserError: The outcome kept, or the run under way, is that of another recipe.
     """
     path = folder / "outcomes" / f"{recipe.run_name}.json"
-    if not path.is_file():
-        return None
-    content = json.loads(path.read_text())
-    changed = describe_changes(content["recipe"], _plain(recipe))
+    under_way = Path(recipe.run_folder) / "recipe.yaml"
+    if path.is_file():
+        content = read_json(path)
+        _check_same(content["recipe"], recipe, folder)
+        found = content["outcome"]
+        return Outcome(**found | {"accuracies": tuple((batch, accuracy) for batch, accuracy in found["accuracies"])})
+    if under_way.is_file():
+        _check_same(_plain(load_recipe(str(under_way))), recipe, folder)
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """Reads what a comparison has written.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}: is damaged ({one_line(error)}); delete it, and the same command makes it anew"
+        ) from error
+
+
+def _check_same(stored: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+    changed = describe_changes(stored, _plain(recipe), _MAY_CHANGE)
     if changed:
         raise UserError(
             f"--out {folder}: holds a comparison of another recipe, which can't be continued with this one: {changed}; "
             "give another folder, or another name to the arm"
         )
-    if str(content["recipe"]["max_duration"]) != str(recipe.max_duration):
-        return None
-    found = content["outcome"]
-    return Outcome(**found | {"accuracies": tuple((batch, accuracy) for batch, accuracy in found["accuracies"])})
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

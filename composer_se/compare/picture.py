@@ -61,13 +61,13 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
     figure.legend(
         handles,
         labels,
-        title=f"{comparison.recipe}, seeds per arm: {len(judgements[0].accuracies)}",
+        title=f"{_literal(comparison.recipe)}, seeds per arm: {len(judgements[0].accuracies)}",
         title_fontproperties={"weight": "bold"},
         loc="outside upper center",
         ncols=min(5, len(labels)),
         frameon=False,
     )
-    figure.supxlabel(fill(caption, 125), fontsize="small")
+    figure.supxlabel(fill(_literal(caption), 125), fontsize="small")
     figure.savefig(path, dpi=120)
 
 
@@ -145,3 +145,8 @@ def _unit(seconds: float) -> tuple[str, float]:
     if seconds < 180:
         return "seconds", 1.0
     return ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
+
+
+def _literal(text: str) -> str:
+    """Keeps matplotlib from reading mathematics between dollar signs."""
+    return text.replace("$", r"\$")

@@ -22,19 +22,20 @@ from torch import nn
 
 from composer_se.cost.steps import inference_step
 from composer_se.cost.timing import steps_per_visit, synchronize
+from composer_se.errors import UserError
 from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.build import algorithm_named, build_parts, num_classes
+from composer_se.recipe.build import Parts, algorithm_named, build_parts, num_classes
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["ROUNDS", "Speed", "measure_speeds"]
+__all__ = ["OPTIONS", "ROUNDS", "Speed", "measure_speeds"]
 
 ROUNDS = 8
 TURN_SECONDS = 3.0
 LEAST_STEPS, MOST_STEPS = 8, 400
 
 # Of the Trainer's options those that a step's time depends on.
-_OPTIONS = (
+OPTIONS = (
     "seed",
     "max_duration",
     "train_subset_num_batches",
@@ -82,7 +83,7 @@ def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable
         UserError: A recipe can't be built.
     """
     order = list(recipes)
-    calibration = _take_turn(recipes[order[0]], 0.0, LEAST_STEPS)
+    calibration = _take_turn(order[0], recipes[order[0]], 0.0, LEAST_STEPS)
     steps = from_rank_zero(lambda: _steps_per_turn(calibration.step))
     turns: dict[str, list[_Turn]] = {name: [] for name in recipes}
     shuffle = random.Random(0).shuffle
@@ -90,7 +91,7 @@ def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable
         shuffle(order)
         for name in order:
             advance(name)
-            turns[name].append(_take_turn(recipes[name], (turn + 0.5) / rounds, steps))
+            turns[name].append(_take_turn(name, recipes[name], (turn + 0.5) / rounds, steps))
     speeds = {
         name: Speed(tuple(t.step for t in taken), tuple(t.latency for t in taken), taken[0].batches_per_epoch)
         for name, taken in turns.items()
@@ -123,23 +124,13 @@ class _Stopwatch(Callback):
             state.stop_training()
 
 
-def _take_turn(recipe: Recipe, share: float, steps: int) -> _Turn:
+def _take_turn(name: str, recipe: Recipe, share: float, steps: int) -> _Turn:
     """Infers, then trains some steps from a point of the run's duration on."""
-    plan = make_plan(recipe)
-    algorithms = [component.build() for component in plan.algorithms]
-    parts = build_parts(recipe, plan)
     stopwatch = _Stopwatch(steps)
-    with algorithm_named(algorithms, plan):
-        trainer = Trainer(
-            model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
-            train_dataloader=parts.train_loader,
-            optimizers=parts.optimizer,
-            schedulers=plan.scheduler.build() if plan.scheduler else None,
-            algorithms=algorithms,
-            callbacks=[stopwatch],
-            progress_bar=False,
-            **{key: getattr(recipe, key) for key in _OPTIONS},
-        )
+    try:
+        trainer, parts = _build(recipe, stopwatch)
+    except UserError as error:
+        raise UserError(f"--arm {name}: {error}") from error
     state = trainer.state
     batches_per_epoch = int(state.dataloader_len or len(parts.train_loader))
     # Before training: its data workers would still be fetching beside the inference, which took up to twice as long.
@@ -149,6 +140,24 @@ def _take_turn(recipe: Recipe, share: float, steps: int) -> _Turn:
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
     trainer.close()
     return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
+
+
+def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
+    plan = make_plan(recipe)
+    algorithms = [component.build() for component in plan.algorithms]
+    parts = build_parts(recipe, plan)
+    with algorithm_named(algorithms, plan):
+        trainer = Trainer(
+            model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
+            train_dataloader=parts.train_loader,
+            optimizers=parts.optimizer,
+            schedulers=plan.scheduler.build() if plan.scheduler else None,
+            algorithms=algorithms,
+            callbacks=[stopwatch],
+            progress_bar=False,
+            **{key: getattr(recipe, key) for key in OPTIONS},
+        )
+    return trainer, parts
 
 
 def _at(share: float, state: State, batches_per_epoch: int, batch_size: int) -> Timestamp:
@@ -178,7 +187,8 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
         return perf_counter() - started
 
     seconds()
-    untimed, timed = steps_per_visit(seconds())
+    once = seconds()
+    untimed, timed = from_rank_zero(lambda: steps_per_visit(once))  # sharded weights are gathered by all ranks at once
     times = [seconds() for _ in range(untimed + timed)]
     network.train()
     return median(times[untimed:])

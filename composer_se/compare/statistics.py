@@ -57,8 +57,8 @@ def seeds_needed(difference: Estimate) -> int | None:
     """About how many seeds would tell a difference of the size seen from zero.
 
     Returns:
-        The number whose interval would be as wide as the difference is large, given the spread seen; None where the
-        spread is unknown or the difference is nought.
+        The number whose interval would be as wide as the difference is large, given the spread seen: with so many
+        seeds it would be shown about every other time. None where the spread is unknown or the difference is nought.
     """
     if difference.count < 2 or math.isnan(difference.half_width) or difference.value == 0:
         return None

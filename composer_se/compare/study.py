@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from composer import Callback, State
+from composer.core import Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_se.compare.arms import Comparison, lengthened, run_recipes
+from composer_se.compare.kept_speeds import read_or_measure_speeds
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
-from composer_se.compare.speed import ROUNDS, Speed, measure_speeds
+from composer_se.compare.speed import Speed
+from composer_se.cost.machine import Machine
 from composer_se.errors import UserError
 from composer_se.recipe.agreement import from_rank_zero, join_processes
-from composer_se.recipe.failed_writes import replace_file
+from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
@@ -35,11 +35,15 @@ class Findings:
 
     Attributes:
         speeds: Arm name to how fast it is.
+        machine: Where the speeds were measured.
+        processes: On how many processes.
         runs: Arm name to its complete runs of the recipe's length, in the order of the seeds.
         other_lengths: The reference's runs of other lengths, made to compare at equal training time.
     """
 
-    speeds: dict[str, Speed] = field(default_factory=dict)
+    speeds: dict[str, Speed]
+    machine: Machine
+    processes: int = 1
     runs: dict[str, list[Outcome]] = field(default_factory=dict)
     other_lengths: list[Outcome] = field(default_factory=list)
 
@@ -54,9 +58,12 @@ def check(comparison: Comparison) -> None:
     Raises:
         UserError: An arm's recipe is wrong.
     """
+    make_plan(load_recipe(comparison.recipe, comparison.overrides))  # what is wrong in all arms is no arm's fault
     for name, recipe in run_recipes(comparison, 0).items():
         try:
             make_plan(recipe)
+            if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
+                raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
         except UserError as error:
             raise UserError(f"--arm {name}: {error}") from error
 
@@ -75,9 +82,14 @@ def pursue(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
     Yields:
         The findings after the measuring and after each seed: the same object, grown.
     """
-    findings = Findings()
-    join_processes(run_recipes(comparison, 0)[comparison.reference.name])
-    _read_or_measure_speeds(comparison, findings, progress)
+    reference = comparison.reference.name
+    recipes = run_recipes(comparison, 0)
+    join_processes(recipes[reference])
+    for index in range(comparison.num_seeds):  # complaints of what was kept come before hours of training
+        for recipe in run_recipes(comparison, index).values():
+            from_rank_zero(lambda recipe=recipe: kept_outcome(recipe, comparison.folder))
+    speeds, machine, processes = read_or_measure_speeds(recipes, reference, comparison.folder, progress)
+    findings = Findings(speeds, machine, processes)
     yield findings
     for index in range(comparison.num_seeds):
         recipes = run_recipes(comparison, index)
@@ -87,11 +99,10 @@ def pursue(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
                 f"{arm.name}, seed {recipes[arm.name].seed}", recipes[arm.name], comparison.folder, progress
             )
             findings.runs.setdefault(arm.name, []).append(outcome)
-        reference = recipes[comparison.reference.name]
-        before = findings.runs[comparison.reference.name][-1].batches
+        before = findings.runs[reference][-1].batches
         for batches in other_lengths(comparison, findings):
-            recipe = lengthened(comparison, reference, before, batches)
-            what = f"{comparison.reference.name} for {batches / before:.2f} of its time, seed {recipe.seed}"
+            recipe = lengthened(comparison, recipes[reference], before, batches)
+            what = f"{reference} for {batches / before:.2f} of its time, seed {recipe.seed}"
             findings.other_lengths.append(_train(what, recipe, comparison.folder, progress))
         yield findings
 
@@ -102,70 +113,15 @@ def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
     own = training_seconds(reference, findings)
     times = [training_seconds(arm.name, findings) for arm in comparison.arms]
     wanted = [time for time in (min(times), max(times)) if abs(time / own - 1) > NEGLIGIBLE]
-    return [max(1, round(findings.runs[reference][0].batches * time / own)) for time in wanted]
+    batches = findings.runs[reference][0].batches
+    lengths = {max(1, round(batches * time / own)) for time in wanted}
+    return sorted(lengths - {batches})
 
 
 def training_seconds(arm: str, findings: Findings) -> float:
     """What an arm's training takes at the speed measured, evaluations left out."""
     steps = findings.speeds[arm].step
     return findings.runs[arm][0].batches * sum(steps) / len(steps)
-
-
-def _read_or_measure_speeds(comparison: Comparison, findings: Findings, progress: Progress) -> None:
-    """Fills in the speeds; those measured before, of arms that are still the same, are kept.
-
-    An arm that came later is measured in turn with the reference; the drift since then is taken out by the reference's
-    own change.
-    """
-    recipes = run_recipes(comparison, 0)
-    path = comparison.folder / "speeds.json"
-    stored = from_rank_zero(lambda: json.loads(path.read_text()) if path.is_file() else {})
-    described = {name: _what_speed_depends_on(recipe) for name, recipe in recipes.items()}
-    for name, entry in stored.items():
-        if described.get(name) == entry["recipe"]:
-            speed = entry["speed"]
-            findings.speeds[name] = Speed(tuple(speed["step"]), tuple(speed["latency"]), speed["batches_per_epoch"])
-    reference = comparison.reference.name
-    if reference not in findings.speeds:
-        findings.speeds.clear()
-    missing = {name: recipe for name, recipe in recipes.items() if name not in findings.speeds}
-    if not missing:
-        return
-    turns = ROUNDS * len(missing | {reference: recipes[reference]})
-    done = 0
-
-    def advance(arm: str) -> None:
-        nonlocal done
-        progress(f"measuring the speed of {arm}", done, turns)
-        done += 1
-
-    measured = measure_speeds(missing | {reference: recipes[reference]}, ROUNDS, advance)
-    before = findings.speeds.get(reference)
-    for name in missing:
-        findings.speeds[name] = _rescaled(measured[name], measured[reference], before) if before else measured[name]
-    if dist.get_global_rank() == 0:
-        entries = {
-            name: {"recipe": described[name], "speed": dataclasses.asdict(speed)}
-            for name, speed in findings.speeds.items()
-        }
-        replace_file(path, json.dumps(entries, indent=1) + "\n")
-
-
-def _rescaled(speed: Speed, reference_now: Speed, reference_before: Speed) -> Speed:
-    """The speed as it would have been in the turns when the reference was measured first."""
-    step = zip(speed.step, reference_now.step, reference_before.step, strict=True)
-    latency = zip(speed.latency, reference_now.latency, reference_before.latency, strict=True)
-    return Speed(
-        tuple(own / now * before for own, now, before in step),
-        tuple(own / now * before for own, now, before in latency),
-        speed.batches_per_epoch,
-    )
-
-
-def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
-    elsewhere = ("run_name", "run_folder", "save_folder", "seed", "callbacks", "loggers")
-    content = dataclasses.asdict(recipe) | {"world_size": dist.get_world_size()}
-    return json.loads(json.dumps({key: value for key, value in content.items() if key not in elsewhere}, default=str))
 
 
 def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outcome:

@@ -12,13 +12,13 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
 from composer_se.compare.statistics import Estimate, ratio_of_means
 from composer_se.compare.study import Findings
-from composer_se.cost.machine import Machine
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
 
@@ -28,19 +28,17 @@ _EXPLANATION = (
     "first arm in percentage points, paired by seed, with their 95 % interval; at equal time: to the first arm trained "
     "for as long as the arm's training takes. Times: ratios to the first arm, measured in turns."
 )
+_SMALL_PRINT = (
+    "The first arm is trained for its own time and for that of the slowest arm (and of the fastest, if another); for "
+    "an arm between them its accuracy is interpolated. Intervals at equal time leave out what is not known of "
+    "the times themselves; each interval is for one comparison, and of twenty such one misses by chance."
+)
 
 
 def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], console: Console) -> None:
     """Prints the table, which fits 80 columns, and a sentence on each arm."""
     seeds = len(judgements[0].accuracies)
-    table = Table(
-        title=f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm",
-        caption=_EXPLANATION,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        padding=(0, 1),
-    )
+    table = _table(f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm", _EXPLANATION)
     for head in _HEADS:
         table.add_column(
             head.replace(" ", "\n", 1) if head != "arm" else head, justify="left" if head == "arm" else "right"
@@ -52,16 +50,10 @@ def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], co
         console.print(line, highlight=False)
 
 
-def print_speeds(comparison: Comparison, findings: Findings, machine: Machine, console: Console) -> None:
+def print_speeds(comparison: Comparison, findings: Findings, console: Console) -> None:
     """Prints how fast the arms train and infer, where nothing was trained."""
-    table = Table(
-        title=f"{comparison.recipe}: speed",
-        caption=f"Ratios to the first arm, measured in turns, with their 95 % interval. {machine}.",
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        padding=(0, 1),
-    )
+    caption = f"Ratios to the first arm, measured in turns, with their 95 % interval. {_where(findings)}."
+    table = _table(f"{comparison.recipe}: speed", caption)
     for head in ("arm", "ms per step", "ratio", "ms per image", "ratio"):
         table.add_column(head, justify="left" if head == "arm" else "right")
     reference = findings.speeds[comparison.reference.name]
@@ -75,14 +67,14 @@ def print_speeds(comparison: Comparison, findings: Findings, machine: Machine, c
     console.print(table)
 
 
-def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], machine: Machine) -> str:
+def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
     """The report: table, sentences, picture, how it was made, and every run's final accuracy."""
     lines = [f"# {comparison.recipe}: {' / '.join(arm.name for arm in comparison.arms)}", ""]
     lines += markdown_table(judgements)
-    lines += ["", f"{_EXPLANATION}", ""]
+    lines += ["", f"{_EXPLANATION} {_SMALL_PRINT}", ""]
     lines += [f"- {line}" for line in _sentences(judgements)]
     lines += ["", "![Accuracy against epochs, training time and latency, and paired differences](comparison.png)", ""]
-    lines += [conditions(comparison, findings, machine), "", "```", command(comparison), "```", ""]
+    lines += [conditions(comparison, findings), "", "```", command(comparison), "```", ""]
     lines += ["## Every run", "", "| run | steps | final accuracy, % | wall time, s |", "|---|---|---|---|"]
     runs = [run for arm in comparison.arms for run in findings.runs[arm.name]] + findings.other_lengths
     lines += [f"| {run.run} | {run.batches} | {100 * run.accuracy:.2f} | {run.wall_seconds:.0f} |" for run in runs]
@@ -91,7 +83,7 @@ def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence
 
 def markdown_table(judgements: Sequence[Judgement]) -> list[str]:
     """The lines of the table in Markdown."""
-    heads = [*_HEADS[:-2], *_HEADS[-2:], "SE layers", "parameters"]
+    heads = [*_HEADS, "SE layers", "parameters"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for judged in judgements:
         cells = [*_cells(judged, " "), str(judged.se_layers or "–"), f"{judged.parameters:,}"]
@@ -99,14 +91,15 @@ def markdown_table(judgements: Sequence[Judgement]) -> list[str]:
     return lines
 
 
-def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], machine: Machine) -> str:
+def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
     """Everything: the question, the raw findings, and what was made of them."""
     content = {
         "recipe": comparison.recipe,
         "overrides": comparison.overrides,
         "arms": [dataclasses.asdict(arm) for arm in comparison.arms],
         "command": command(comparison),
-        "machine": dataclasses.asdict(machine),
+        "processes": findings.processes,
+        "machine": dataclasses.asdict(findings.machine),
         "speeds": {name: dataclasses.asdict(speed) for name, speed in findings.speeds.items()},
         "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in findings.runs.items()},
         "other_lengths": [dataclasses.asdict(run) for run in findings.other_lengths],
@@ -118,12 +111,13 @@ def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Jud
 def command(comparison: Comparison) -> str:
     """The command that makes the comparison again."""
     words = ["composer-se", "compare", comparison.recipe, *comparison.overrides, "--seeds", str(comparison.num_seeds)]
+    words += ["--out", str(comparison.folder)]
     for arm in comparison.arms:
         words += ["--arm", arm.name, *arm.overrides]
     return shlex.join(words)
 
 
-def conditions(comparison: Comparison, findings: Findings, machine: Machine) -> str:
+def conditions(comparison: Comparison, findings: Findings) -> str:
     """What the figures hold for."""
     reference = comparison.reference.name
     run, speed = findings.runs[reference][0], findings.speeds[reference]
@@ -133,8 +127,24 @@ def conditions(comparison: Comparison, findings: Findings, machine: Machine) -> 
     return (
         f"Recipe {comparison.recipe}{overrides}; {epochs:g} {'epoch' if epochs == 1 else 'epochs'}, seeds {seeds}. "
         f"Speeds measured in {len(speed.step)} turns: {reference} takes "
-        f"{1e3 * mean(speed.step):.3g} ms per step and {1e3 * mean(speed.latency):.3g} ms per image. {machine}."
+        f"{1e3 * mean(speed.step):.3g} ms per step and {1e3 * mean(speed.latency):.3g} ms per image. "
+        f"{_where(findings)}."
     )
+
+
+def _table(title: str, caption: str) -> Table:
+    return Table(
+        title=escape(title),
+        caption=caption,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1),
+    )
+
+
+def _where(findings: Findings) -> str:
+    return f"{findings.processes} processes, {findings.machine}" if findings.processes > 1 else str(findings.machine)
 
 
 def _cells(judged: Judgement, separator: str) -> list[str]:
@@ -160,7 +170,7 @@ def _sentences(judgements: Sequence[Judgement]) -> list[str]:
             rival, difference = judged.equal_latency
             lines.append(
                 f"{judged.arm}, at equal latency: {_difference(difference, ' ')} points beside {rival}, "
-                "the most accurate of the arms that infer no slower."
+                "the most accurate of the arms not shown to be slower."
             )
     return lines
 

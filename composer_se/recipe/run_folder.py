@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def check_unchanged(recipe: Recipe) -> None:
             f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
             "choose another name (run_name=...) or delete the folder"
         ) from error
-    changed = describe_changes(dataclasses.asdict(stored), dataclasses.asdict(recipe))
+    changed = describe_changes(dataclasses.asdict(stored), dataclasses.asdict(recipe), _MAY_CHANGE)
     if changed:
         raise UserError(
             f"run_name: {recipe.run_folder} holds a run of another recipe, which can't be continued with this one: "
@@ -97,21 +98,22 @@ def check_unchanged(recipe: Recipe) -> None:
         )
 
 
-def describe_changes(stored: dict[str, Any], recipe: dict[str, Any]) -> str:
-    """What makes a recipe another one: the keys that differ, but for those that a resumed run may change.
+def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Sequence[str]) -> str:
+    """What makes a recipe another one.
 
     Args:
         stored: The recipe before, as nested mappings.
         recipe: The recipe now, likewise.
+        free: Dotted keys that may differ, with everything below them.
 
     Returns:
-        A list for an error message; empty if none differs.
+        The keys that differ otherwise, as a list for an error message; empty if none does.
     """
     before, now = _flatten(stored), _flatten(recipe)
     return ", ".join(
         f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(_is_under(key, free) for free in _MAY_CHANGE)
+        if before.get(key) != now.get(key) and not any(_is_under(key, ancestor) for ancestor in free)
     )
 
 

@@ -1,0 +1,103 @@
+"""The speeds of the arms: measured once, and kept in FOLDER/speeds.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.utils import dist
+
+from composer_se.compare.outcomes import read_json
+from composer_se.compare.speed import OPTIONS, ROUNDS, Speed, measure_speeds
+from composer_se.cost.machine import Machine, describe_machine
+from composer_se.recipe.agreement import from_rank_zero
+from composer_se.recipe.failed_writes import replace_file
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["read_or_measure_speeds"]
+
+# Of a recipe, beside the Trainer's options, what a step's time depends on.
+_SECTIONS = ("model", "train_dataset", "train_batch_size", "optimizer", "scheduler", "algorithms")
+_NO_MATTER = ("seed", "dist_timeout")
+
+
+def read_or_measure_speeds(
+    recipes: Mapping[str, Recipe], reference: str, folder: Path, progress: Callable[[str, int, int], None]
+) -> tuple[dict[str, Speed], Machine, int]:
+    """The speeds of all arms: those kept, of arms that are still the same, and the others measured.
+
+    An arm that came later is measured in turns with the reference; the drift since the reference was measured first is
+    taken out by the reference's own change.
+
+    Args:
+        recipes: Arm name to recipe.
+        reference: Name of the arm that the others are compared with.
+        folder: The comparison's.
+        progress: Called as (what is going on, turns done, turns in all).
+
+    Returns:
+        Arm name to speed, the machine that the reference was measured on, and its number of processes.
+
+    Raises:
+        UserError: What was kept is damaged, or a recipe can't be built.
+    """
+    path = folder / "speeds.json"
+    kept: dict[str, Any] = from_rank_zero(lambda: read_json(path) if path.is_file() else {})
+    described = {name: _what_speed_depends_on(recipe) for name, recipe in recipes.items()}
+    if kept.get(reference, {}).get("recipe") != described[reference]:
+        kept = {}
+    missing = {name: recipe for name, recipe in recipes.items() if kept.get(name, {}).get("recipe") != described[name]}
+    if missing:
+        measured = _measure(missing | {reference: recipes[reference]}, progress)
+        machine = _this_machine(recipes[reference])
+        before = _speed(kept[reference]) if reference in kept else measured[reference]
+        for name in missing:
+            speed = _rescaled(measured[name], measured[reference], before)
+            kept[name] = {
+                "recipe": described[name],
+                "speed": dataclasses.asdict(speed),
+                "machine": dataclasses.asdict(machine),
+                "processes": dist.get_world_size(),
+            }
+        if dist.get_global_rank() == 0:
+            replace_file(path, json.dumps(kept, indent=1) + "\n")
+    entry = kept[reference]
+    return {name: _speed(kept[name]) for name in recipes}, Machine(**entry["machine"]), entry["processes"]
+
+
+def _measure(recipes: dict[str, Recipe], progress: Callable[[str, int, int], None]) -> dict[str, Speed]:
+    turns = iter(range(ROUNDS * len(recipes)))
+    return measure_speeds(
+        recipes, ROUNDS, lambda arm: progress(f"measuring the speed of {arm}", next(turns), ROUNDS * len(recipes))
+    )
+
+
+def _speed(entry: dict[str, Any]) -> Speed:
+    speed = entry["speed"]
+    return Speed(tuple(speed["step"]), tuple(speed["latency"]), speed["batches_per_epoch"])
+
+
+def _rescaled(speed: Speed, reference_now: Speed, reference_before: Speed) -> Speed:
+    """The speed as it would have been in the turns when the reference was measured first."""
+    step = zip(speed.step, reference_now.step, reference_before.step, strict=True)
+    latency = zip(speed.latency, reference_now.latency, reference_before.latency, strict=True)
+    return Speed(
+        tuple(own / now * before for own, now, before in step),
+        tuple(own / now * before for own, now, before in latency),
+        speed.batches_per_epoch,
+    )
+
+
+def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
+    content = {key: getattr(recipe, key) for key in (*_SECTIONS, *OPTIONS) if key not in _NO_MATTER}
+    content["train_dataset"] = {key: value for key, value in recipe.train_dataset.items() if key != "root"}
+    return json.loads(json.dumps(content, default=str))
+
+
+def _this_machine(recipe: Recipe) -> Machine:
+    on_gpu = torch.cuda.is_available() and recipe.device in (None, "gpu")
+    return describe_machine(torch.device("cuda" if on_gpu else "cpu"))
