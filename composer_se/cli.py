@@ -41,7 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
     """
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        hint = "; key=value stands right behind the recipe, before the options" if "overrides" in args else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         return importlib.import_module(f"composer_se.commands.{args.command}").run(args)
     except UserError as error:

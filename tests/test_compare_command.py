@@ -99,6 +99,11 @@ def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(capsys) -> No
     assert compare("--seeds", "1") == 2
     assert "out/speeds.json: is damaged" in capsys.readouterr().err
     speeds.unlink()
+    Path("out/outcomes/with-se-seed17.json").unlink()
+    metrics = Path("out/runs/with-se-seed17/metrics.jsonl")
+    metrics.write_text(f"garbled {metrics.read_text()}")
+    assert compare("--seeds", "1") == 2
+    assert f"{metrics}: line 1 is damaged" in capsys.readouterr().err
     shutil.rmtree("out/runs")  # of no more use once complete
     assert compare("--seeds", "1") == 0
 
@@ -165,6 +170,14 @@ def test_a_wrong_argument_is_named_in_one_line_and_nothing_is_written(arguments,
     error = capsys.readouterr().err
     assert message in error
     assert "Traceback" not in error
+    assert not Path("out").exists()
+
+
+def test_an_override_behind_the_options_is_told_its_place(capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        compare("--seeds", "1", "max_duration=1ep")
+    error = capsys.readouterr().err
+    assert "unrecognized arguments: max_duration=1ep; key=value stands right behind the recipe" in error
     assert not Path("out").exists()
 
 

@@ -155,6 +155,8 @@ def test_command_on_a_checkpoint_outside_of_its_run(
         (["missing"], "no such run folder or checkpoint"),
         (["RUN", "--data", "digit"], "did you mean 'digits'?"),
         (["RUN", "--recipe", "WITHOUT_SE"], "does not fit the recipe's network"),
+        (["RUN", "--device", "abacus"], "--device abacus"),
+        (["RUN", "--device", "meta"], "--device meta"),
     ],
 )
 def test_mistakes_are_named_in_one_line(

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_se.commands.surgery_log import surgery_logged_from
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.recipe.run import log_on_terminal
 
     check(comparison)
-    with log_on_terminal(), _surgery_unlogged():
+    with log_on_terminal(), surgery_logged_from(logging.WARNING):
         code = exit_code_of(lambda: _pursue(comparison), comparison.folder)
     if code:
         ranks.say("\ncomposer-se compare: stopped; the same command continues")
@@ -168,15 +169,3 @@ def _progress_bar() -> Iterator[Progress]:
             bar.update(task, description=what, completed=done, total=total)
 
         yield progress
-
-
-@contextlib.contextmanager
-def _surgery_unlogged() -> Iterator[None]:
-    """Keeps the surgery's log lines, the same for every run, from tearing the progress bar; warnings stay."""
-    log = logging.getLogger("composer_se")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_se.commands.device import add_device_argument, read_device
 from composer_se.commands.network import NamedNetwork, add_network_arguments, read_network
+from composer_se.commands.surgery_log import surgery_logged_from
 from composer_se.commands.widths import read_latent_channels, read_min_channels
 from composer_se.errors import UserError
 
@@ -57,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-size", type=_positive, metavar="N", help="height and width in pixels (default: the recipe's, or 224)"
     )
     where = parser.add_argument_group("how it is run")
-    where.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    add_device_argument(where)
     where.add_argument("--precision", choices=("fp32", "amp_bf16", "amp_fp16"), default="fp32", help="default: fp32")
     where.add_argument("--channels-last", action="store_true", help="network and images in channels_last layout")
     where.add_argument("--compile", action="store_true", help="through torch.compile")
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with _surgery_unlogged(), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with surgery_logged_from(logging.ERROR), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("counting", total=None)
 
         def progress(what: str, done: int, total: int) -> None:
@@ -128,18 +130,6 @@ def run(args: argparse.Namespace) -> int:
         with _writing("--plot", args.plot):
             plot_study(study, args.plot)
     return 0
-
-
-@contextmanager
-def _surgery_unlogged() -> Iterator[None]:
-    """Keeps the surgery's log lines, one for every instance, from tearing the progress bar."""
-    log = logging.getLogger("composer_se")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
@@ -164,7 +154,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
         against_composer=args.against == "composer",
         batch_size=args.batch_size,
         image_size=args.image_size or network.image_size or DEFAULT_IMAGE_SIZE,
-        device=_device(args.device),
+        device=_timed_device(args),
         precision=args.precision,
         channels_last=args.channels_last,
         compiled=args.compile,
@@ -177,18 +167,10 @@ def _min_channels(text: str) -> tuple[int | str, ...]:
     return tuple(dict.fromkeys(read_min_channels(part.strip()) for part in text.split(",")))
 
 
-def _device(name: str | None) -> torch.device:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}") from error
+def _timed_device(args: argparse.Namespace) -> torch.device:
+    device = read_device(args)
     if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: only cpu and cuda devices can be timed")
+        raise UserError(f"--device {args.device}: only cpu and cuda devices can be timed")
     return device
 
 

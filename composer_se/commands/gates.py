@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from composer_se.commands.device import add_device_argument, read_device
 from composer_se.errors import UserError
 
 __all__ = ["add_arguments", "run"]
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", metavar="RECIPE", help="the recipe of a checkpoint that is not in a run's folder: a path or a name"
     )
     parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: gates, in the run's folder if it has one")
-    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+    add_device_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UserError: The run, the checkpoint or the data can't be had or don't fit together.
+        UserError: The run, the checkpoint, the data or the device can't be had, or they don't fit together.
     """
     import json
     import warnings
@@ -50,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.gates.analysis import analyse
     from composer_se.gates.picture import draw
     from composer_se.gates.report import as_json, print_analysis
-    from composer_se.gates.trained import default_device, load_trained
+    from composer_se.gates.trained import load_trained
     from composer_se.report import write_report
 
     warnings.filterwarnings("ignore", message="No optimizer was specified")
-    trained = load_trained(args.source, args.recipe, args.data, args.device or default_device())
+    trained = load_trained(args.source, args.recipe, args.data, read_device(args))
     with Progress(console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
 

@@ -82,12 +82,18 @@ def read_outcome(summary: dict[str, Any], run_folder: Path, seed: int) -> Outcom
         seed: Its seed.
 
     Raises:
-        UserError: The run was never evaluated.
+        UserError: The run was never evaluated, or its metrics are damaged.
     """
     accuracies: dict[int, float] = {}
     path = run_folder / "metrics.jsonl"
-    for line in path.read_text().splitlines():
-        numbers = json.loads(line)
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            numbers = json.loads(line)
+        except ValueError as error:
+            raise UserError(
+                f"{path}: line {number} is damaged ({one_line(error)}); delete {run_folder}, and the same command "
+                "trains the run anew"
+            ) from error
         if numbers.get(_ACCURACY) is not None:
             accuracies[numbers["batch"]] = numbers[_ACCURACY]
     if not accuracies:

@@ -93,7 +93,7 @@ def _draw_other_lengths(axis: Any, findings: Findings, label: str, style: _Style
         spread = [[mean(values) - min(values)], [max(values) - mean(values)]]
         axis.errorbar([batches * scale], [mean(values)], yerr=spread, capsize=3, mfc="white", markersize=7, **style)
     if lengths:
-        axis.legend([axis.containers[0]], [label], loc="lower right", frameon=False, fontsize="small")
+        axis.legend([axis.containers[0]], [label], loc="upper left", frameon=False, fontsize="small")
 
 
 def _draw_latency(axis: Any, findings: Findings, judgements: Sequence[Judgement], styles: dict[str, _Style]) -> None:

@@ -21,7 +21,7 @@ from composer_se.recipe.run_plan import RunPlan, make_plan
 if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
 
-__all__ = ["Trained", "default_device", "load_trained"]
+__all__ = ["Trained", "load_trained"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Trained:
     run_folder: Path | None
 
 
-def load_trained(source: Path, recipe_name: str | None, data: str | None, device: str) -> Trained:
+def load_trained(source: Path, recipe_name: str | None, data: str | None, device: torch.device) -> Trained:
     """Loads a run's last checkpoint, or a given one, into the network of its recipe.
 
     Args:
@@ -119,7 +119,7 @@ def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
     )
 
 
-def _load(plan: RunPlan, checkpoint: Path, device: str) -> nn.Module:
+def _load(plan: RunPlan, checkpoint: Path, device: torch.device) -> nn.Module:
     from composer import Trainer
     from composer.models import ComposerClassifier
 
@@ -159,8 +159,3 @@ def _class_names(data: str, images: Any) -> Sequence[str] | None:
 
         return FashionMNIST.classes
     return getattr(images, "classes", None)
-
-
-def default_device() -> str:
-    """The GPU where there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"

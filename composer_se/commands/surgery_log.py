@@ -1,0 +1,21 @@
+"""Keeps the surgery's log lines, one for every network that is made, from tearing a progress bar."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["surgery_logged_from"]
+
+
+@contextmanager
+def surgery_logged_from(level: int) -> Iterator[None]:
+    """Within it, the package logs from this level on."""
+    log = logging.getLogger("composer_se")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
