@@ -44,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        hint = "; key=value stands right behind the recipe, before the options" if "overrides" in args else ""
+        misplaced = "overrides" in args and "=" in unknown[0]
+        hint = "; key=value stands right behind the recipe, before the options" if misplaced else ""
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     try:
         return importlib.import_module(f"composer_se.commands.{args.command}").run(args)

@@ -69,7 +69,7 @@ def test_interval_of_a_ratio_covers_the_truth_about_as_often_as_it_says() -> Non
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
-        base = generator.normal(1.0, 0.05, 8)
+        base = 0.08 * generator.normal(1.0, 0.05, 8)  # seconds
         ratio = ratio_of_means(list(base * generator.normal(1.2, 0.03, 8)), list(base))
         covered += ratio.low <= 1.2 <= ratio.high
     assert 0.90 <= covered / 400 <= 0.99
