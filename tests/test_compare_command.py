@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +16,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from composer import State
 from recipe_runs import environment
 
 from composer_se.cli import main
 from composer_se.compare import kept_speeds, speed
 from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
+from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
 from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
@@ -92,7 +96,7 @@ def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(capsys) -> No
     for change in ("max_duration=3ep", "optimizer.lr=0.3", "eval_subset_num_batches=1"):
         assert main(["compare", "digits", *TINY, change, "--seeds", "1", "--out", "out"]) == 2
         error = capsys.readouterr().err
-        assert "--out out: holds a comparison of another recipe" in error
+        assert "out/outcomes/plain-seed17.json: belongs to another recipe" in error
         assert change.partition("=")[0] in error
     speeds = Path("out/speeds.json")
     speeds.write_text(speeds.read_text()[:-20])
@@ -104,8 +108,77 @@ def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(capsys) -> No
     metrics.write_text(f"garbled {metrics.read_text()}")
     assert compare("--seeds", "1") == 2
     assert f"{metrics}: line 1 is damaged" in capsys.readouterr().err
+    Path("out/outcomes/plain-seed17.json").write_text("{}")
+    assert compare("--seeds", "1") == 2
+    assert "out/outcomes/plain-seed17.json: is damaged" in capsys.readouterr().err
+    Path("out/outcomes/plain-seed17.json").unlink()
     shutil.rmtree("out/runs")  # of no more use once complete
     assert compare("--seeds", "1") == 0
+
+
+def test_outcomes_of_a_version_that_knew_fewer_keys_are_read() -> None:
+    recipe = run_recipes(comparison(Arm("plain", ())), 0)["plain"]
+    kept = Outcome("plain-seed17", 17, 10, ((10, 0.5),), 1.0, 100, 0)
+    keep_outcome(kept, recipe, Path("out"))
+    path = Path("out/outcomes/plain-seed17.json")
+    content = json.loads(path.read_text())
+    del content["recipe"]["step_schedulers_every_batch"], content["recipe"]["scale_schedule_ratio"]
+    path.write_text(json.dumps(content))
+    assert kept_outcome(recipe, Path("out")) == kept
+
+
+def test_speeds_of_another_kind_of_machine_are_not_added_to(capsys) -> None:
+    assert compare("--seeds", "0") == 0
+    speeds = Path("out/speeds.json")
+    content = json.loads(speeds.read_text())
+    content["plain"]["machine"]["gpu"] = "some GPU"
+    speeds.write_text(json.dumps(content))
+    assert compare("--seeds", "0") == 0  # nothing to add
+    capsys.readouterr()
+    arms = (
+        "--arm",
+        "plain",
+        "algorithms.squeeze_excite=null",
+        "--arm",
+        "wide",
+        "algorithms.squeeze_excite.min_channels=1",
+    )
+    assert compare("--seeds", "0", *arms) == 2
+    assert "out/speeds.json: was measured on 1 process(es), some GPU" in capsys.readouterr().err
+
+
+def test_networks_and_data_workers_of_ended_runs_are_let_go() -> None:
+    gc.collect()
+    before = {id(each) for each in gc.get_objects() if type(each) is State}
+    workers = ("eval_dataset.num_workers=1", "train_dataset.num_workers=1")
+    assert main(["compare", "digits", *TINY, *workers, "--seeds", "1", "--out", "out"]) == 0
+    gc.collect()
+    assert not [each for each in gc.get_objects() if type(each) is State and id(each) not in before]
+    assert not multiprocessing.active_children()
+
+
+def test_paths_in_a_recipe_follow_the_run() -> None:
+    log_dir = "loggers.tensorboard={log_dir: '${run_folder}/tb'}"
+    asked = comparison(Arm("plain", ()), Arm("other", ("optimizer.lr=0.05",)), overrides=(*TINY, log_dir))
+    dirs = [(recipe.loggers or {})["tensorboard"]["log_dir"] for recipe in run_recipes(asked, 1).values()]
+    assert dirs == ["out/runs/plain-seed18/tb", "out/runs/other-seed18/tb"]
+    longer = lengthened(asked, 1, 10, 12)
+    assert (
+        (longer.loggers or {})["tensorboard"]["log_dir"] == f"{longer.run_folder}/tb" == "out/runs/plain-12ba-seed18/tb"
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_duration", "batches"), [("8ep", [5, 15, 25, 35]), ("16ba", [2, 6, 10, 14]), ("256sp", [2, 6, 10, 14])]
+)
+def test_turns_are_spread_over_the_duration(max_duration: str, batches: list[int]) -> None:
+    seen = []
+    overrides = (*TINY, f"max_duration={max_duration}", "scheduler=null")
+    recipe = run_recipes(comparison(Arm("plain", ()), overrides=overrides), 0)["plain"]
+    for share in (0.125, 0.375, 0.625, 0.875):
+        trainer, _ = speed._build(recipe, speed._Stopwatch(1))
+        seen.append(int(speed._at(share, trainer.state, 5, 16).batch))
+    assert seen == batches
 
 
 def test_runs_of_a_comparison_are_those_of_the_recipe_alone() -> None:
@@ -134,8 +207,7 @@ def test_arms_share_initial_weights_and_images_in_the_same_order() -> None:
 @pytest.mark.parametrize("batches", [7, 13])
 def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_duration: str, batches: int) -> None:
     asked = comparison(Arm("plain", ()), overrides=(*TINY, f"max_duration={max_duration}"))
-    recipe = run_recipes(asked, 0)["plain"]
-    summary, _ = train(lengthened(asked, recipe, 10, batches))
+    summary, _ = train(lengthened(asked, 0, 10, batches))
     assert summary["batch"] == batches
     lines = [json.loads(line) for line in Path(summary["run_folder"], "metrics.jsonl").read_text().splitlines()]
     rates = [line["lr-SGD/group0"] for line in lines if "lr-SGD/group0" in line]
@@ -157,6 +229,11 @@ def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_
         (["--arm", "a", "--arm", "b", "eval_interval=0ep"], "--arm b: eval_interval"),
         (["--arm", "a", "--arm", "b", "max_duration=3ep"], "--arm b: max_duration is '3ep', but '2ep' in a"),
         (["--arm", "a [/b]", "--arm", "b"], "a name is made of"),
+        (["--arm", "a", "--arm", "b", "train_batch_size=32"], "--arm b: train_batch_size is 32, but 16 in a"),
+        (
+            ["--arm", "a", "--arm", "b", "callbacks.early_stopper={monitor: x, dataloader_label: eval}"],
+            "would end runs",
+        ),
         (["run_name=x"], "error: run_name is set by the comparison"),
         (
             ["--arm", "a", "--arm", "b", "algorithms.squeeze_excite.include=blocks*"],

@@ -83,6 +83,15 @@ def test_one_seed_has_no_interval_and_decides_nothing() -> None:
     assert "one seed decides nothing" in judge(comparison, findings)[1].sentence
 
 
+def test_seeds_that_agree_to_the_image_decide_nothing() -> None:
+    ours, theirs = [356 / 360, 355 / 360], [355 / 360, 354 / 360]
+    difference = mean_difference(ours, theirs)
+    assert not difference.excludes(0)
+    assert seeds_needed(difference) == 3
+    comparison, findings = findings_of({"plain": theirs, "se": ours}, {"plain": 1.0, "se": 1.0})
+    assert "the evidence does not decide" in judge(comparison, findings)[1].sentence
+
+
 def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference() -> None:
     ours, theirs = [0.90, 0.91, 0.92, 0.90, 0.91], [0.90, 0.90, 0.91, 0.91, 0.90]
     needed = seeds_needed(mean_difference(ours, theirs))
@@ -95,7 +104,7 @@ def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference(
 
 def test_accuracy_at_a_training_time_is_interpolated_between_the_ends_of_complete_runs() -> None:
     runs = [outcome(17, 0.90, batches=100), outcome(17, 0.92, batches=200)]
-    assert accuracy_after(30.0, runs, seconds_per_step=0.2) == pytest.approx(0.91)
+    assert accuracy_after(20.0 * 2**0.25, runs, seconds_per_step=0.2) == pytest.approx(0.905)
     assert accuracy_after(500.0, runs, seconds_per_step=0.2) == pytest.approx(0.92)
 
 
@@ -121,7 +130,8 @@ def test_equal_time_compares_with_the_reference_trained_for_as_long() -> None:
     assert judged.equal_time.value == pytest.approx(-0.01 / 3)
     assert judged.step_time.value == pytest.approx(1.5)
     assert judged.sentence.startswith("more accurate than plain at equal epochs; the evidence does not decide at equal")
-    assert "seeds" in judged.sentence
+    assert "seeds at equal training time, at even odds" in judged.sentence
+    assert "seeds at equal epochs" not in judged.sentence
 
 
 def test_equal_latency_compares_with_the_most_accurate_arm_that_is_no_slower() -> None:

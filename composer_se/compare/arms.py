@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,13 @@ __all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
 _RESERVED = ("seed", "run_name", "run_folder", "save_folder")
 
 # What has to be the same in all arms for their accuracies to be comparable at equal epochs.
-_SHARED = ("max_duration", "scale_schedule_ratio", "eval_dataset", "eval_subset_num_batches")
+_SHARED = (
+    "max_duration",
+    "train_subset_num_batches",
+    "scale_schedule_ratio",
+    "eval_dataset",
+    "eval_subset_num_batches",
+)
 
 _WITHOUT_SE = "algorithms.squeeze_excite=null"
 _RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
@@ -93,12 +99,12 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
         for override in arm.overrides:
             _refuse(override, _RESERVED, f"--arm {arm.name}: ")
         try:
-            recipe = load_recipe(comparison.recipe, (*comparison.overrides, *arm.overrides))
+            recipe = _placed(comparison, arm, arm.slug, seed_index)
         except UserError as error:
             raise UserError(f"--arm {arm.name}: {error}") from error
         if recipe.eval_dataset is None:
             raise UserError(f"--arm {arm.name}: eval_dataset is null: there would be no accuracy to compare")
-        recipes[arm.name] = _placed(recipe, comparison.folder, arm.slug, recipe.seed + seed_index)
+        recipes[arm.name] = recipe
     _check_comparable(recipes, comparison.reference.name)
     return recipes
 
@@ -110,42 +116,49 @@ def _refuse(override: str, reserved: Sequence[str], prefix: str) -> None:
 
 
 def _check_comparable(recipes: dict[str, Recipe], reference: str) -> None:
+    base = recipes[reference]
+    counts_batches = str(base.max_duration).endswith("ba") or base.train_subset_num_batches != -1
     for name, recipe in recipes.items():
-        for key in _SHARED:
+        for key in (*_SHARED, "train_batch_size") if counts_batches else _SHARED:
             ours, theirs = getattr(recipe, key), getattr(recipes[reference], key)
             if ours != theirs:
                 raise UserError(
                     f"--arm {name}: {key} is {ours!r}, but {theirs!r} in {reference}; "
-                    "all arms have to be trained for the same duration and evaluated on the same images"
+                    "all arms have to be trained on as many images and evaluated on the same ones"
                 )
 
 
-def lengthened(comparison: Comparison, recipe: Recipe, batches_before: int, batches: int) -> Recipe:
+def lengthened(comparison: Comparison, seed_index: int, batches_before: int, batches: int) -> Recipe:
     """A run of the reference that takes another number of steps, with its schedule stretched to fit.
 
     Args:
         comparison: What is compared.
-        recipe: The reference's run.
+        seed_index: As for `run_recipes`.
         batches_before: The number of its training steps.
         batches: The number of steps wanted.
     """
-    stretched = dataclasses.replace(recipe, max_duration=f"{batches}ba")
-    if recipe.scheduler is not None:
-        # Composer multiplies the duration by the ratio too, and rounds down.
-        unscaled = round(batches_before / recipe.scale_schedule_ratio)
-        stretched.max_duration = f"{unscaled}ba"
-        stretched.scale_schedule_ratio = (batches + 0.5) / unscaled
-    return _placed(stretched, comparison.folder, f"{comparison.reference.slug}-{batches}ba", recipe.seed)
+    reference = comparison.reference
+    name = f"{reference.slug}-{batches}ba"
+    recipe = _placed(comparison, reference, name, seed_index)
+    if recipe.scheduler is None:
+        return _placed(comparison, reference, name, seed_index, f"max_duration={batches}ba")
+    # Composer multiplies the duration by the ratio too, and rounds down.
+    unscaled = round(batches_before / recipe.scale_schedule_ratio)
+    stretched = (f"max_duration={unscaled}ba", f"scale_schedule_ratio={(batches + 0.5) / unscaled}")
+    return _placed(comparison, reference, name, seed_index, *stretched)
 
 
-def _placed(recipe: Recipe, folder: Path, name: str, seed: int) -> Recipe:
+def _placed(comparison: Comparison, arm: Arm, name: str, seed_index: int, *overrides: str) -> Recipe:
+    """An arm's recipe with a seed and a folder of its own, which `${run_folder}` and the like refer to."""
+    overrides = (*comparison.overrides, *arm.overrides, *overrides)
+    seed = load_recipe(comparison.recipe, overrides).seed + seed_index
     run_name = f"{name}-seed{seed}"
-    run_folder = str(folder / "runs" / run_name)
-    return dataclasses.replace(
-        recipe,
-        seed=seed,
-        run_name=run_name,
-        run_folder=run_folder,
-        save_folder=f"{run_folder}/checkpoints",
-        progress_bar=False,
-    )
+    run_folder = str(comparison.folder / "runs" / run_name)
+    place = {
+        "seed": seed,
+        "run_name": run_name,
+        "run_folder": run_folder,
+        "save_folder": f"{run_folder}/checkpoints",
+        "progress_bar": False,
+    }
+    return load_recipe(comparison.recipe, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in place.items())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
 
@@ -103,7 +103,7 @@ def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tupl
 
 def _sentence(equal_epochs: Estimate, equal_time: Estimate, reference: str) -> str:
     epochs, time = _verdict(equal_epochs, reference), _verdict(equal_time, reference)
-    advice = _advice([equal_epochs, equal_time])
+    advice = _advice({"at equal epochs": equal_epochs, "at equal training time": equal_time})
     if epochs == time:
         return f"{epochs}, at equal epochs as at equal training time.{advice}"
     return f"{epochs} at equal epochs; {time} at equal training time.{advice}"
@@ -117,12 +117,13 @@ def _verdict(difference: Estimate, reference: str) -> str:
     return "the evidence does not decide"
 
 
-def _advice(differences: Sequence[Estimate]) -> str:
+def _advice(differences: Mapping[str, Estimate]) -> str:
     """How many seeds would decide what is open."""
-    needed = [seeds_needed(d) for d in differences if d.count >= 2 and not d.excludes(0)]
+    needed = []
+    for where, difference in differences.items():
+        if difference.count >= 2 and not difference.excludes(0):
+            count = seeds_needed(difference)
+            needed.append(f"{'over 10,000' if count is None else f'about {count:,}'} seeds {where}")
     if not needed:
         return ""
-    known = [count for count in needed if count is not None]
-    if len(known) < len(needed):
-        return " No number of seeds worth training would show a difference as small as the one seen."
-    return f" To show a difference as small as the one seen would take about {max(known)} seeds, at even odds."
+    return f" To show as small a difference as was seen would take {' and '.join(needed)}, at even odds."

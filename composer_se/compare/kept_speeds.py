@@ -14,6 +14,7 @@ from composer.utils import dist
 from composer_se.compare.outcomes import read_json
 from composer_se.compare.speed import OPTIONS, ROUNDS, Speed, measure_speeds
 from composer_se.cost.machine import Machine, describe_machine
+from composer_se.errors import UserError
 from composer_se.recipe.agreement import from_rank_zero
 from composer_se.recipe.failed_writes import replace_file
 from composer_se.recipe.schema import Recipe
@@ -43,7 +44,8 @@ def read_or_measure_speeds(
         Arm name to speed, the machine that the reference was measured on, and its number of processes.
 
     Raises:
-        UserError: What was kept is damaged, or a recipe can't be built.
+        UserError: What was kept is damaged, a recipe can't be built, or speeds of another kind of machine would have
+            to be added to those kept.
     """
     path = folder / "speeds.json"
     kept: dict[str, Any] = from_rank_zero(lambda: read_json(path) if path.is_file() else {})
@@ -52,6 +54,8 @@ def read_or_measure_speeds(
         kept = {}
     missing = {name: recipe for name, recipe in recipes.items() if kept.get(name, {}).get("recipe") != described[name]}
     if missing:
+        if kept:
+            _check_same_machine(kept[reference], recipes[reference], path)
         measured = _measure(missing | {reference: recipes[reference]}, progress)
         machine = _this_machine(recipes[reference])
         before = _speed(kept[reference]) if reference in kept else measured[reference]
@@ -67,6 +71,16 @@ def read_or_measure_speeds(
             replace_file(path, json.dumps(kept, indent=1) + "\n")
     entry = kept[reference]
     return {name: _speed(kept[name]) for name in recipes}, Machine(**entry["machine"]), entry["processes"]
+
+
+def _check_same_machine(entry: dict[str, Any], recipe: Recipe, path: Path) -> None:
+    """Speeds of a GPU and of a processor, or of different numbers of processes, have no common scale."""
+    gpu, processes = _this_machine(recipe).gpu, dist.get_world_size()
+    if (entry["machine"]["gpu"], entry["processes"]) != (gpu, processes):
+        raise UserError(
+            f"{path}: was measured on {entry['processes']} process(es), {entry['machine']['gpu'] or 'without a GPU'}; "
+            f"an arm can't be added on {processes}, {gpu or 'without a GPU'}; delete it to measure all arms anew"
+        )
 
 
 def _measure(recipes: dict[str, Recipe], progress: Callable[[str, int, int], None]) -> dict[str, Speed]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,17 +120,21 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
     """Reads the outcome of a recipe's run if it was kept.
 
     Raises:
-        UserError: The outcome kept, or the run under way, is that of another recipe.
+        UserError: The outcome kept is damaged, or it or the run under way is that of another recipe.
     """
     path = folder / "outcomes" / f"{recipe.run_name}.json"
     under_way = Path(recipe.run_folder) / "recipe.yaml"
     if path.is_file():
         content = read_json(path)
-        _check_same(content["recipe"], recipe, folder)
-        found = content["outcome"]
-        return Outcome(**found | {"accuracies": tuple((batch, accuracy) for batch, accuracy in found["accuracies"])})
+        try:
+            stored, found = content["recipe"], content["outcome"]
+            outcome = Outcome(**found | {"accuracies": tuple((batch, share) for batch, share in found["accuracies"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from error
+        _check_same(_with_defaults(stored), recipe, path)
+        return outcome
     if under_way.is_file():
-        _check_same(_plain(load_recipe(str(under_way))), recipe, folder)
+        _check_same(_plain(load_recipe(str(under_way))), recipe, under_way.parent)
     return None
 
 
@@ -142,18 +147,31 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(
-            f"{path}: is damaged ({one_line(error)}); delete it, and the same command makes it anew"
-        ) from error
+        raise _damaged(path, error) from error
 
 
-def _check_same(stored: dict[str, Any], recipe: Recipe, folder: Path) -> None:
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: is damaged ({one_line(error)}); delete it, and the same command makes it anew")
+
+
+def _check_same(stored: dict[str, Any], recipe: Recipe, kept: Path) -> None:
     changed = describe_changes(stored, _plain(recipe), _MAY_CHANGE)
     if changed:
         raise UserError(
-            f"--out {folder}: holds a comparison of another recipe, which can't be continued with this one: {changed}; "
-            "give another folder, or another name to the arm"
+            f"{kept}: belongs to another recipe, which can't be continued with this one: {changed}; "
+            "delete it, or give another --out or another name to the arm"
         )
+
+
+def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as it was kept, with the keys that the version it was kept by did not know."""
+    defaults: dict[str, Any] = {}
+    for key in dataclasses.fields(Recipe):
+        if key.default_factory is not dataclasses.MISSING:
+            defaults[key.name] = key.default_factory()
+        elif key.default is not dataclasses.MISSING:
+            defaults[key.name] = key.default
+    return defaults | stored
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:
@@ -169,7 +187,8 @@ def accuracy_after(seconds: float, runs: Sequence[Outcome], seconds_per_step: fl
         seconds_per_step: The arm's.
 
     Returns:
-        The accuracy, interpolated between the ends of the runs; that of the nearest run outside of them.
+        The accuracy, interpolated between the ends of the runs, along the logarithm of the time, since what more
+        training adds gets less and less; that of the nearest run outside of them.
     """
-    ends = sorted((run.batches * seconds_per_step, run.accuracy) for run in runs)
-    return float(np.interp(seconds, [end for end, _ in ends], [accuracy for _, accuracy in ends]))
+    ends = sorted((math.log(run.batches * seconds_per_step), run.accuracy) for run in runs)
+    return float(np.interp(math.log(seconds), [end for end, _ in ends], [accuracy for _, accuracy in ends]))

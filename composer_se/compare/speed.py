@@ -2,7 +2,8 @@
 
 The runs themselves are too far apart in time for that: on a shared machine one hour's steps are 10 % slower than the
 next hour's, where the arms differ by less. A turn trains some steps of the real recipe, data loading and algorithms
-included, at several points of its duration, since algorithms may work in a part of it only.
+included, at several points of its duration, since algorithms may work in a part of it only. What an algorithm does at
+the ends of epochs and what it keeps from one to the next, such as frozen layers, is not in it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from composer_se.cost.timing import steps_per_visit, synchronize
 from composer_se.errors import UserError
 from composer_se.recipe.agreement import from_rank_zero
 from composer_se.recipe.build import Parts, algorithm_named, build_parts, num_classes
+from composer_se.recipe.end_trainer import end_trainer, release_memory
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
 
@@ -92,6 +94,7 @@ def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable
         for name in order:
             advance(name)
             turns[name].append(_take_turn(name, recipes[name], (turn + 0.5) / rounds, steps))
+            release_memory()
     speeds = {
         name: Speed(tuple(t.step for t in taken), tuple(t.latency for t in taken), taken[0].batches_per_epoch)
         for name, taken in turns.items()
@@ -138,7 +141,7 @@ def _take_turn(name: str, recipe: Recipe, share: float, steps: int) -> _Turn:
     state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
     trainer.fit()
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
-    trainer.close()
+    end_trainer(trainer)
     return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
 
 
@@ -155,23 +158,24 @@ def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
             algorithms=algorithms,
             callbacks=[stopwatch],
             progress_bar=False,
+            spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
             **{key: getattr(recipe, key) for key in OPTIONS},
         )
     return trainer, parts
 
 
 def _at(share: float, state: State, batches_per_epoch: int, batch_size: int) -> Timestamp:
-    """The beginning of the epoch that lies at a share of the run's duration."""
+    """The point of time at a share of the run's duration; at the beginning of an epoch if it is counted in epochs.
+
+    Whatever the point, the turn trains on the images that the epoch begins with.
+    """
     assert state.max_duration is not None
     total: Time[int] = state.max_duration
-    epochs = {
-        TimeUnit.EPOCH: total.value,
-        TimeUnit.BATCH: total.value / batches_per_epoch,
-        TimeUnit.SAMPLE: total.value / (batches_per_epoch * batch_size),
-    }
-    epoch = int(share * epochs[total.unit])
-    batch = epoch * batches_per_epoch
-    return Timestamp(epoch=epoch, batch=batch, sample=batch * batch_size)
+    if total.unit == TimeUnit.EPOCH:
+        batch = int(share * total.value) * batches_per_epoch
+    else:
+        batch = int(share * total.value) // {TimeUnit.BATCH: 1, TimeUnit.SAMPLE: batch_size}[total.unit]
+    return Timestamp(epoch=batch // batches_per_epoch, batch=batch, sample=batch * batch_size)
 
 
 def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:

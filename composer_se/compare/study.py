@@ -18,6 +18,7 @@ from composer_se.compare.speed import Speed
 from composer_se.cost.machine import Machine
 from composer_se.errors import UserError
 from composer_se.recipe.agreement import from_rank_zero, join_processes
+from composer_se.recipe.end_trainer import release_memory
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
@@ -27,6 +28,9 @@ __all__ = ["Findings", "check", "pursue"]
 
 # Of the training time: what no number of seeds that anybody trains could tell from nothing.
 NEGLIGIBLE = 0.01
+
+# Callbacks that end training before its duration.
+_STOPPERS = {"early_stopper", "threshold_stopper"}
 
 
 @dataclass
@@ -64,6 +68,11 @@ def check(comparison: Comparison) -> None:
             make_plan(recipe)
             if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
                 raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
+            for stopper in _STOPPERS & (recipe.callbacks or {}).keys():
+                raise UserError(
+                    f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal ones; "
+                    f"leave it out with callbacks.{stopper}=null"
+                )
         except UserError as error:
             raise UserError(f"--arm {name}: {error}") from error
 
@@ -101,7 +110,7 @@ def pursue(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
             findings.runs.setdefault(arm.name, []).append(outcome)
         before = findings.runs[reference][-1].batches
         for batches in other_lengths(comparison, findings):
-            recipe = lengthened(comparison, recipes[reference], before, batches)
+            recipe = lengthened(comparison, index, before, batches)
             what = f"{reference} for {batches / before:.2f} of its time, seed {recipe.seed}"
             findings.other_lengths.append(_train(what, recipe, comparison.folder, progress))
         yield findings
@@ -129,6 +138,7 @@ def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outco
     if kept:
         return kept
     summary, _ = train(recipe, [_Watch(what, progress)])
+    release_memory()
     outcome = from_rank_zero(lambda: read_outcome(summary, Path(recipe.run_folder), recipe.seed))
     if dist.get_global_rank() == 0:
         keep_outcome(outcome, recipe, folder)

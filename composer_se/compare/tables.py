@@ -26,12 +26,13 @@ _HEADS = ("arm", "accuracy, %", "at equal epochs", "at equal time", "step time",
 _EXPLANATION = (
     "Accuracy on the held-out images after the last step, mean ± standard deviation over seeds. Differences to the "
     "first arm in percentage points, paired by seed, with their 95 % interval; at equal time: to the first arm trained "
-    "for as long as the arm's training takes. Times: ratios to the first arm, measured in turns."
+    "for as long as the arm's training takes (it is trained for the time of the slowest arm, and of the fastest if "
+    "that is another; between them its accuracy is interpolated). Times: ratios to the first arm, measured in turns "
+    "over the training; ± holds what changes in its course, too."
 )
 _SMALL_PRINT = (
-    "The first arm is trained for its own time and for that of the slowest arm (and of the fastest, if another); for "
-    "an arm between them its accuracy is interpolated. Intervals at equal time leave out what is not known of "
-    "the times themselves; each interval is for one comparison, and of twenty such one misses by chance."
+    "Intervals at equal time leave out what is not known of the times themselves; each interval is for one comparison, "
+    "and of twenty such one misses by chance."
 )
 
 
@@ -74,7 +75,7 @@ def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence
     lines += ["", f"{_EXPLANATION} {_SMALL_PRINT}", ""]
     lines += [f"- {line}" for line in _sentences(judgements)]
     lines += ["", "![Accuracy against epochs, training time and latency, and paired differences](comparison.png)", ""]
-    lines += [conditions(comparison, findings), "", "```", command(comparison), "```", ""]
+    lines += [conditions(comparison, findings), "", "```", command(comparison, findings.processes), "```", ""]
     lines += ["## Every run", "", "| run | steps | final accuracy, % | wall time, s |", "|---|---|---|---|"]
     runs = [run for arm in comparison.arms for run in findings.runs[arm.name]] + findings.other_lengths
     lines += [f"| {run.run} | {run.batches} | {100 * run.accuracy:.2f} | {run.wall_seconds:.0f} |" for run in runs]
@@ -97,7 +98,7 @@ def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Jud
         "recipe": comparison.recipe,
         "overrides": comparison.overrides,
         "arms": [dataclasses.asdict(arm) for arm in comparison.arms],
-        "command": command(comparison),
+        "command": command(comparison, findings.processes),
         "processes": findings.processes,
         "machine": dataclasses.asdict(findings.machine),
         "speeds": {name: dataclasses.asdict(speed) for name, speed in findings.speeds.items()},
@@ -108,9 +109,10 @@ def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Jud
     return json.dumps(_without_nan(content), indent=1) + "\n"
 
 
-def command(comparison: Comparison) -> str:
+def command(comparison: Comparison, processes: int) -> str:
     """The command that makes the comparison again."""
-    words = ["composer-se", "compare", comparison.recipe, *comparison.overrides, "--seeds", str(comparison.num_seeds)]
+    words = ["composer", "-n", str(processes), "-m", "composer_se.cli"] if processes > 1 else ["composer-se"]
+    words += ["compare", comparison.recipe, *comparison.overrides, "--seeds", str(comparison.num_seeds)]
     words += ["--out", str(comparison.folder)]
     for arm in comparison.arms:
         words += ["--arm", arm.name, *arm.overrides]

@@ -123,6 +123,8 @@ def _load(plan: RunPlan, checkpoint: Path, device: torch.device) -> nn.Module:
     from composer import Trainer
     from composer.models import ComposerClassifier
 
+    from composer_se.recipe.end_trainer import end_trainer
+
     network = plan.model.build()
     try:
         # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
@@ -138,7 +140,7 @@ def _load(plan: RunPlan, checkpoint: Path, device: torch.device) -> nn.Module:
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise UserError(f"{checkpoint}: does not fit the recipe's network: {one_line(error)[:300]}") from error
     loaded: Any = trainer.state.model
-    trainer.close()
+    end_trainer(trainer)
     return loaded.module.to(device).eval()
 
 

@@ -81,6 +81,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
     Raises:
         UserError: As `run_recipe`.
     """
+    from composer_se.recipe.end_trainer import end_trainer
     from composer_se.recipe.run_plan import make_plan
 
     started = time.monotonic()
@@ -95,7 +96,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
     elif trainer.state.evaluators:
         trainer.eval()  # which was interrupted
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
-    trainer.close()
+    end_trainer(trainer)
     if _is_global_rank_zero():
         from composer_se.recipe.run_folder import write_summary
 
