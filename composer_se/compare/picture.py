@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
@@ -12,7 +13,6 @@ import numpy as np
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
-from composer_se.compare.statistics import Estimate
 from composer_se.compare.study import Findings
 
 __all__ = ["draw"]
@@ -36,7 +36,7 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
     from matplotlib.figure import Figure
 
     styles: dict[str, _Style] = {
-        arm.name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)]}
+        arm.name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[(i + i // len(_MARKERS)) % len(_MARKERS)]}
         for i, arm in enumerate(comparison.arms)
     }
     figure = Figure(figsize=(10, 8.4), facecolor="white")
@@ -64,7 +64,7 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
         title=f"{_literal(comparison.recipe)}, seeds per arm: {len(judgements[0].accuracies)}",
         title_fontproperties={"weight": "bold"},
         loc="outside upper center",
-        ncols=min(5, len(labels)),
+        ncols=math.ceil(len(labels) / math.ceil(len(labels) / 5)),
         frameon=False,
     )
     figure.supxlabel(fill(_literal(caption), 125), fontsize="small")
@@ -82,7 +82,8 @@ def _draw_curves(axis: Any, findings: Findings, styles: dict[str, _Style], scale
     finals = [100 * run.accuracy for runs in findings.runs.values() for run in runs]
     seen = [100 * a for runs in findings.runs.values() for run in runs for _, a in run.accuracies]
     # The last part of the curves is what is compared; the first epochs would flatten it to a line.
-    axis.set_ylim(bottom=max(min(seen) - 0.5, max(finals) - 4 * max(1.0, max(finals) - min(finals))))
+    bottom = max(min(seen) - 0.5, max(finals) - 4 * max(1.0, max(finals) - min(finals)))
+    axis.set_ylim(bottom, max(seen) + 0.1 * (max(seen) - bottom) + 0.1)
 
 
 def _draw_other_lengths(axis: Any, findings: Findings, label: str, style: _Style, scale: float) -> None:
@@ -120,23 +121,28 @@ def _draw_latency(axis: Any, findings: Findings, judgements: Sequence[Judgement]
 
 def _draw_differences(axis: Any, judgements: Sequence[Judgement], styles: dict[str, _Style]) -> None:
     """The paired differences with their intervals; what crosses the line is not decided."""
-    rows: list[tuple[str, Judgement, Estimate]] = []
-    for judged in judgements:
-        for kind, difference in (("equal epochs", judged.equal_epochs), ("equal time", judged.equal_time)):
-            if difference is not None:
-                rows.append((kind, judged, difference))
     axis.axvline(0, color="#555555", linewidth=1)
-    for y, (_, judged, difference) in enumerate(rows):
-        known = difference.count > 1
-        error = [[100 * (difference.value - difference.low)], [100 * (difference.high - difference.value)]]
-        axis.errorbar(
-            [100 * difference.value], [y], xerr=error if known else None, capsize=4, markersize=7, **styles[judged.arm]
-        )
-    axis.set_yticks(range(len(rows)), [f"{judged.arm}\n{kind}" for kind, judged, _ in rows], fontsize="small")
-    axis.set_ylim(len(rows) - 0.5, -0.5)
+    others = [judged for judged in judgements if judged.equal_epochs is not None]
+    for y, judged in enumerate(others):
+        # Seen from the arm's own line: above it at equal epochs, filled; below it at equal time, hollow.
+        for shift, filled, difference in ((-0.16, True, judged.equal_epochs), (0.16, False, judged.equal_time)):
+            assert difference is not None
+            known = difference.count > 1
+            error = [[100 * (difference.value - difference.low)], [100 * (difference.high - difference.value)]]
+            axis.errorbar(
+                [100 * difference.value],
+                [y + shift],
+                xerr=error if known else None,
+                capsize=4,
+                markersize=7,
+                markerfacecolor=None if filled else "white",
+                **styles[judged.arm],
+            )
+    axis.set_yticks(range(len(others)), [judged.arm for judged in others], fontsize="small")
+    axis.set_ylim(len(others) - 0.5, -0.5)
     reference = judgements[0].arm
     axis.set(
-        title=f"Difference to {reference} (95 % interval over seeds)",
+        title=f"Difference to {reference} (95 % interval)\nfilled: equal epochs; hollow: equal training time",
         xlabel=f"percentage points; right of the line: better than {reference}",
     )
 
