@@ -5,10 +5,19 @@ BIN    := $(VENV)/bin
 # Two workers with one thread each: on two cores a test process with two threads waits for its neighbour.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-NO_SE := algorithms.squeeze_excite=null
+# Arms of the comparisons.
+COMPARE   := $(BIN)/composer-se compare
+NO_SE     := algorithms.squeeze_excite=null
+ALL_CONVS := algorithms.squeeze_excite.min_channels=1
+RANDAUGMENT_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
+    --arm 'RandAugment' $(NO_SE) algorithms.randaugment={} \
+    --arm 'SE and RandAugment' $(ALL_CONVS) algorithms.randaugment={}
+SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
+    --arm 'SelectiveBackprop' $(NO_SE) 'algorithms.selective_backprop={interrupt: 0}' \
+    --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility format cost study gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility format cost study claims gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -32,10 +41,22 @@ cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the m
 	$(BIN)/python docs/update_readme.py
 
 study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/study: hours from nothing
-	$(BIN)/composer-se compare fashion_mnist_resnet8 --seeds 5 --out docs/study --arm 'no SE' $(NO_SE) --arm 'SE' \
-	    --arm 'SE on all convs' algorithms.squeeze_excite.min_channels=1 \
+	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/study --arm 'no SE' $(NO_SE) --arm 'SE' \
+	    --arm 'SE on all convs' $(ALL_CONVS) \
 	    --arm 'built-in on all convs' $(NO_SE) \
-	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}'
+	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}' \
+	    --arm 'ratio 1/4 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.25 \
+	    --arm 'ratio 1/16 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.0625
+	$(BIN)/python docs/update_readme.py
+
+# One thread for training, so that the loader's one worker has a core for itself.
+claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
+	OMP_NUM_THREADS=1 $(COMPARE) digits model.name=cifar_resnet8 train_dataset.num_workers=1 --seeds 0 \
+	    --out docs/claims/randaugment-data-bound $(RANDAUGMENT_ARMS)
+	OMP_NUM_THREADS=1 $(COMPARE) digits train_dataset.num_workers=1 --seeds 0 \
+	    --out docs/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
+	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/claims/selective-backprop-speed $(SELECTIVE_ARMS)
+	$(COMPARE) digits --seeds 5 --out docs/claims/selective-backprop $(SELECTIVE_ARMS)
 	$(BIN)/python docs/update_readme.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

@@ -7,8 +7,10 @@ import math
 import re
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
+from composer_se.compare.statistics import mean_difference, ratio_of_means
 from composer_se.cost.machine import Machine
 from composer_se.cost.statistics import Ratio
 
@@ -16,6 +18,12 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "cost-resnet50-against-composer.json"
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
+CLAIMS = (  # folder below claims/, the algorithm beside SE, what the row is called
+    ("randaugment-data-bound", "RandAugment", "RandAugment, digits, ResNet-8: loader slower than network"),
+    ("randaugment-compute-bound", "RandAugment", "RandAugment, digits, ResNet-20: network slower than loader"),
+    ("selective-backprop-speed", "SelectiveBackprop", "SelectiveBackprop, Fashion-MNIST, ResNet-8"),
+    ("selective-backprop", "SelectiveBackprop", "SelectiveBackprop, digits, ResNet-20"),
+)
 
 
 def cost_table(found: dict[str, Any]) -> str:
@@ -78,15 +86,48 @@ def with_tables(readme: str) -> str:
     tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
     rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
     readme = _replaced(readme, "compatibility", rows.strip())
-    return _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
+    readme = _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
+    return _replaced(readme, "claims", claims_table(DOCS / "claims"))
 
 
 def study_table(report: str) -> str:
     """The table of a comparison's report, what it decides, and the conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
-    decided = re.findall(r"(?:^- .*\n)+", report, re.MULTILINE)[0]
+    decided = [line for line in re.findall(r"^- .*\n", report, re.MULTILINE) if ", at equal latency: " not in line]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
-    return f"{table}\n{decided}\n{conditions}"
+    return f"{table}\n{''.join(decided)}\n{conditions}"
+
+
+def claims_table(folder: Path) -> str:
+    """What SE adds to a training step, without and with another algorithm, and what both do to the accuracy."""
+    rows = [
+        "| time of a training step, over that of the plain network | SE | the other | both | both over the other |",
+        "|---|---|---|---|---|",
+    ]
+    machine = None
+    for name, other, title in CLAIMS:
+        kept = json.loads((folder / name / "speeds.json").read_text())
+        machine = Machine(**kept["no SE"]["machine"])
+        where = f"{machine.threads} torch {'thread' if machine.threads == 1 else 'threads'}, load {machine.load:.1f}"
+        steps = {arm: entry["speed"]["step"] for arm, entry in kept.items()}
+        pairs = [("SE", "no SE"), (other, "no SE"), (f"SE and {other}", "no SE"), (f"SE and {other}", other)]
+        ratios = [ratio_of_means(steps[ours], steps[theirs]) for ours, theirs in pairs]
+        rows.append(f"| {title} ({where}) | " + " | ".join(f"{r.value:.2f} ±{r.half_width:.2f}" for r in ratios) + " |")
+    runs = json.loads((folder / "selective-backprop" / "results.json").read_text())["runs"]
+    accuracies = {arm: [100 * run["accuracies"][-1][1] for run in of_arm] for arm, of_arm in runs.items()}
+    gain = mean_difference(accuracies["SE and SelectiveBackprop"], accuracies["SelectiveBackprop"])
+    return "\n".join(
+        [
+            *rows,
+            "",
+            "Accuracy of the last row, %: "
+            + "; ".join(f"{arm} {mean(values):.2f} ±{stdev(values):.2f}" for arm, values in accuracies.items())
+            + f". SE beside SelectiveBackprop: {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points over "
+            f"{gain.count} seeds.",
+            "",
+            f"SE on all convs; {machine.cpu}, {machine.cpus} CPUs; torch {machine.torch}; {machine.system}.",
+        ]
+    )
 
 
 def _replaced(readme: str, name: str, table: str) -> str:

@@ -56,8 +56,8 @@ def read_or_measure_speeds(
     if missing:
         if kept:
             _check_same_machine(kept[reference], recipes[reference], path)
+        machine = _this_machine(recipes[reference])  # with the load before we put our own on it
         measured = _measure(missing | {reference: recipes[reference]}, progress)
-        machine = _this_machine(recipes[reference])
         before = _speed(kept[reference]) if reference in kept else measured[reference]
         for name in missing:
             speed = _rescaled(measured[name], measured[reference], before)

@@ -41,9 +41,10 @@ def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], co
     seeds = len(judgements[0].accuracies)
     table = _table(f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm", _EXPLANATION)
     for head in _HEADS:
-        table.add_column(
-            head.replace(" ", "\n", 1) if head != "arm" else head, justify="left" if head == "arm" else "right"
-        )
+        if head == "arm":
+            table.add_column(head, overflow="fold")
+        else:
+            table.add_column(head.replace(" ", "\n", 1), justify="right")
     for judged in judgements:
         table.add_row(*_cells(judged, "\n"))
     console.print(table)
@@ -55,8 +56,9 @@ def print_speeds(comparison: Comparison, findings: Findings, console: Console) -
     """Prints how fast the arms train and infer, where nothing was trained."""
     caption = f"Ratios to the first arm, measured in turns, with their 95 % interval. {_where(findings)}."
     table = _table(f"{comparison.recipe}: speed", caption)
-    for head in ("arm", "ms per step", "ratio", "ms per image", "ratio"):
-        table.add_column(head, justify="left" if head == "arm" else "right")
+    table.add_column("arm", overflow="fold")
+    for head in ("ms per step", "ratio", "ms per image", "ratio"):
+        table.add_column(head, justify="right")
     reference = findings.speeds[comparison.reference.name]
     for arm in comparison.arms:
         speed = findings.speeds[arm.name]
