@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import math
@@ -23,6 +24,8 @@ from composer_se.cli import main
 from composer_se.compare import kept_speeds, speed
 from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
+from composer_se.compare.study import check
+from composer_se.errors import UserError
 from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
@@ -172,13 +175,20 @@ def test_paths_in_a_recipe_follow_the_run() -> None:
     ("max_duration", "batches"), [("8ep", [5, 15, 25, 35]), ("16ba", [2, 6, 10, 14]), ("256sp", [2, 6, 10, 14])]
 )
 def test_turns_are_spread_over_the_duration(max_duration: str, batches: list[int]) -> None:
-    seen = []
     overrides = (*TINY, f"max_duration={max_duration}", "scheduler=null")
     recipe = run_recipes(comparison(Arm("plain", ()), overrides=overrides), 0)["plain"]
-    for share in (0.125, 0.375, 0.625, 0.875):
-        trainer, _ = speed._build(recipe, speed._Stopwatch(1))
-        seen.append(int(speed._at(share, trainer.state, 5, 16).batch))
-    assert seen == batches
+    trainer, _ = speed._build(recipe, speed._Stopwatch(1))
+    trainer.close()
+    shares = (0.125, 0.375, 0.625, 0.875)
+    assert [int(speed._at(share, trainer.state, 5, 16).batch) for share in shares] == batches
+
+
+def test_callback_that_stops_early_can_be_left_out_as_the_complaint_says() -> None:
+    stopper = "callbacks.early_stopper={monitor: x, dataloader_label: eval}"
+    asked = comparison(Arm("a", ()), Arm("b", ()), overrides=(*TINY, stopper))
+    with pytest.raises(UserError, match="leave it out with callbacks.early_stopper=null"):
+        check(asked)
+    check(dataclasses.replace(asked, overrides=(*asked.overrides, "callbacks.early_stopper=null")))
 
 
 def test_runs_of_a_comparison_are_those_of_the_recipe_alone() -> None:

@@ -30,7 +30,7 @@ __all__ = ["Findings", "check", "pursue"]
 NEGLIGIBLE = 0.01
 
 # Callbacks that end training before its duration.
-_STOPPERS = {"early_stopper", "threshold_stopper"}
+_STOPPERS = ("early_stopper", "threshold_stopper")
 
 
 @dataclass
@@ -68,11 +68,12 @@ def check(comparison: Comparison) -> None:
             make_plan(recipe)
             if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
                 raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
-            for stopper in _STOPPERS & (recipe.callbacks or {}).keys():
-                raise UserError(
-                    f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal ones; "
-                    f"leave it out with callbacks.{stopper}=null"
-                )
+            for stopper in _STOPPERS:
+                if (recipe.callbacks or {}).get(stopper) is not None:
+                    raise UserError(
+                        f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal "
+                        f"ones; leave it out with callbacks.{stopper}=null"
+                    )
         except UserError as error:
             raise UserError(f"--arm {name}: {error}") from error
 
