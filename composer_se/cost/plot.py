@@ -89,7 +89,7 @@ def _saved(study: Study, code: str) -> list[Ratio]:
 
 def _caption(study: Study) -> str:
     settings = study.settings
-    options = ", ".join(f"{key} {value}" for key, value in settings.squeeze_excite.items())
+    options = ", ".join(f"{key} {value}" for key, value in settings.shared_options().items())
     where = study.machine.gpu or f"{study.machine.cpu}, {study.machine.threads} threads"
     text = (
         f"Batch {settings.batch_size} at {settings.image_size}² pixels, {settings.precision}, {where}, "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from composer_se.cost.steps import autocast_context, image_batch, inference_step
 from composer_se.cost.timing import time_in_turns
 from composer_se.cost.variants import PLAIN, Variant, make_variants
 from composer_se.errors import UserError
+from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["Settings", "Study", "measure"]
 
@@ -30,7 +31,7 @@ class Settings:
 
     Attributes:
         min_channels: Settings to compare.
-        squeeze_excite: The other options of `apply_squeeze_excite`, the same for all.
+        squeeze_excite: The other options, the same for all.
         against_composer: Whether Composer's built-in is measured on the same convs.
         batch_size: Images in a training step and in the larger inference batch.
         image_size: Height and width in pixels.
@@ -43,7 +44,7 @@ class Settings:
     """
 
     min_channels: tuple[int | str, ...]
-    squeeze_excite: Mapping[str, Any]
+    squeeze_excite: SqueezeExciteOptions
     against_composer: bool
     batch_size: int
     image_size: int
@@ -53,6 +54,12 @@ class Settings:
     compiled: bool
     instances: int
     rounds: int
+
+    def shared_options(self) -> dict[str, Any]:
+        """The options that all variants with SE share, those left at None aside."""
+        options = asdict(self.squeeze_excite)
+        del options["min_channels"]
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def _conditions(study: Study) -> str:
         str(settings.device),
     ]
     parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled
-    parts += [f"{key} {value}" for key, value in settings.squeeze_excite.items()]
+    parts += [f"{key} {value}" for key, value in settings.shared_options().items()]
     parts += [f"{settings.instances} instances", f"{settings.rounds} rounds"]
     return ", ".join(parts)
 
@@ -154,7 +154,7 @@ def _span(passes: tuple[int, ...]) -> str:
 def _as_dict(study: Study) -> dict[str, Any]:
     settings = asdict(study.settings) | {
         "device": str(study.settings.device),
-        "squeeze_excite": dict(study.settings.squeeze_excite),
+        "squeeze_excite": study.settings.shared_options(),
     }
     rows = []
     for variant in study.variants:

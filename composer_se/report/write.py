@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,18 +83,15 @@ def _plan(recipe: Recipe) -> Plan | None:
     """What SE does to the recipe's network, or None where it has none."""
     import torch
 
-    from composer_se.algorithm import SqueezeExcite
     from composer_se.planning import plan
-    from composer_se.recipe.arguments import check_arguments
     from composer_se.recipe.image_size import image_size
     from composer_se.recipe.models import build_network
+    from composer_se.recipe.squeeze_excite import squeeze_excite_options
 
-    options = (recipe.algorithms or {}).get("squeeze_excite")
+    options = squeeze_excite_options(recipe)
     if options is None:
         return None
-    checked = check_arguments(SqueezeExcite, options, "algorithms.squeeze_excite")
-    checked.pop("inplace", None)
     weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
     with torch.device("meta"):  # shapes are all that is needed
         network = build_network(**{**recipe.model, **weights})
-    return plan(network, image_size=image_size(recipe.train_dataset), **checked)
+    return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))
