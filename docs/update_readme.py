@@ -10,9 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from composer_se.compare.statistics import mean_difference, ratio_of_means
-from composer_se.cost.machine import Machine
-from composer_se.cost.statistics import Ratio
+from composer_se.measure.machine import Machine
+from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -74,9 +73,9 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _ratio(ratio: dict[str, Any]) -> str:
-    values: dict[str, Any] = {field.name: ratio[field.name] for field in fields(Ratio)}
+    values: dict[str, Any] = {field.name: ratio[field.name] for field in fields(Interval)}
     values |= {name: math.nan for name, value in values.items() if value is None}  # JSON knows no NaN
-    return str(Ratio(**values))
+    return str(Interval(**values))
 
 
 def with_tables(readme: str) -> str:
@@ -112,7 +111,7 @@ def claims_table(folder: Path) -> str:
         steps = {arm: entry["speed"]["step"] for arm, entry in kept.items()}
         pairs = [("SE", "no SE"), (other, "no SE"), (f"SE and {other}", "no SE"), (f"SE and {other}", other)]
         ratios = [ratio_of_means(steps[ours], steps[theirs]) for ours, theirs in pairs]
-        rows.append(f"| {title} ({where}) | " + " | ".join(f"{r.value:.2f} ±{r.half_width:.2f}" for r in ratios) + " |")
+        rows.append(f"| {title} ({where}) | " + " | ".join(ratio.with_spread() for ratio in ratios) + " |")
     runs = json.loads((folder / "selective-backprop" / "results.json").read_text())["runs"]
     accuracies = {arm: [100 * run["accuracies"][-1][1] for run in of_arm] for arm, of_arm in runs.items()}
     gain = mean_difference(accuracies["SE and SelectiveBackprop"], accuracies["SelectiveBackprop"])
@@ -123,7 +122,7 @@ def claims_table(folder: Path) -> str:
             "Accuracy of the last row, %: "
             + "; ".join(f"{arm} {mean(values):.2f} ±{stdev(values):.2f}" for arm, values in accuracies.items())
             + f". SE beside SelectiveBackprop: {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points over "
-            f"{gain.count} seeds.",
+            f"{len(accuracies['SE'])} seeds.",
             "",
             f"SE on all convs; {machine.cpu}, {machine.cpus} CPUs; torch {machine.torch}; {machine.system}.",
         ]

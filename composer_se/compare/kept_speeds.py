@@ -13,8 +13,8 @@ from composer.utils import dist
 
 from composer_se.compare.outcomes import read_json
 from composer_se.compare.speed import OPTIONS, ROUNDS, Speed, measure_speeds
-from composer_se.cost.machine import Machine, describe_machine
 from composer_se.errors import UserError
+from composer_se.measure.machine import Machine, describe_machine
 from composer_se.recipe.agreement import from_rank_zero
 from composer_se.recipe.failed_writes import replace_file
 from composer_se.recipe.schema import Recipe

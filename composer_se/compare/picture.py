@@ -127,7 +127,7 @@ def _draw_differences(axis: Any, judgements: Sequence[Judgement], styles: dict[s
         # Seen from the arm's own line: above it at equal epochs, filled; below it at equal time, hollow.
         for shift, filled, difference in ((-0.16, True, judged.equal_epochs), (0.16, False, judged.equal_time)):
             assert difference is not None
-            known = difference.count > 1
+            known = not math.isnan(difference.half_width)
             error = [[100 * (difference.value - difference.low)], [100 * (difference.high - difference.value)]]
             axis.errorbar(
                 [100 * difference.value],

@@ -21,9 +21,9 @@ from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_se.cost.steps import inference_step
-from composer_se.cost.timing import steps_per_visit, synchronize
 from composer_se.errors import UserError
+from composer_se.measure.steps import inference_step
+from composer_se.measure.timing import steps_per_visit, synchronize
 from composer_se.recipe.agreement import from_rank_zero
 from composer_se.recipe.build import Parts, algorithm_named, build_parts, num_classes
 from composer_se.recipe.end_trainer import end_trainer, release_memory

@@ -15,8 +15,8 @@ from composer_se.compare.arms import Comparison, lengthened, run_recipes
 from composer_se.compare.kept_speeds import read_or_measure_speeds
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
 from composer_se.compare.speed import Speed
-from composer_se.cost.machine import Machine
 from composer_se.errors import UserError
+from composer_se.measure.machine import Machine
 from composer_se.recipe.agreement import from_rank_zero, join_processes
 from composer_se.recipe.end_trainer import release_memory
 from composer_se.recipe.load import load_recipe

@@ -17,8 +17,8 @@ from rich.table import Table
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
-from composer_se.compare.statistics import Estimate, ratio_of_means
 from composer_se.compare.study import Findings
+from composer_se.measure.uncertainty import Interval, ratio_of_means
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
 
@@ -64,7 +64,7 @@ def print_speeds(comparison: Comparison, findings: Findings, console: Console) -
         speed = findings.speeds[arm.name]
         cells = []
         for ours, theirs in ((speed.step, reference.step), (speed.latency, reference.latency)):
-            ratio = "1" if speed is reference else _ratio(ratio_of_means(ours, theirs), " ")
+            ratio = "1" if speed is reference else ratio_of_means(ours, theirs).with_spread()
             cells += [f"{1e3 * mean(ours):.4g}", ratio]
         table.add_row(arm.name, *cells)
     console.print(table)
@@ -159,8 +159,8 @@ def _cells(judged: Judgement, separator: str) -> list[str]:
         f"{mean(accuracies):.2f}{spread}",
         _difference(judged.equal_epochs, separator),
         _difference(judged.equal_time, separator),
-        _ratio(judged.step_time, separator) if judged.equal_epochs else "1",
-        _ratio(judged.latency, separator) if judged.equal_epochs else "1",
+        judged.step_time.with_spread(separator) if judged.equal_epochs else "1",
+        judged.latency.with_spread(separator) if judged.equal_epochs else "1",
     ]
 
 
@@ -179,17 +179,13 @@ def _sentences(judgements: Sequence[Judgement]) -> list[str]:
     return lines
 
 
-def _difference(difference: Estimate | None, separator: str) -> str:
+def _difference(difference: Interval | None, separator: str) -> str:
     if difference is None:
         return "–"
     value = f"{100 * difference.value:+.2f}"
     if math.isnan(difference.half_width):
         return value
     return f"{value}{separator}[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
-
-
-def _ratio(ratio: Estimate, separator: str) -> str:
-    return f"{ratio.value:.2f}{separator}±{ratio.half_width:.2f}"
 
 
 def _without_nan(content: Any) -> Any:

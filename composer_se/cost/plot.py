@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from textwrap import fill
 
-from composer_se.cost.statistics import Ratio
 from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
+from composer_se.measure.uncertainty import Interval
 
 __all__ = ["plot_formats", "plot_study"]
 
@@ -34,7 +34,7 @@ def plot_study(study: Study, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    panels: dict[str, dict[str, list[Ratio]]] = {
+    panels: dict[str, dict[str, list[Interval]]] = {
         f"{kind}, time": {code: _times(study, kind, code) for code in _codes(study)} for kind in study.seconds
     }
     panels["saved for backward, bytes"] = {code: _saved(study, code) for code in _codes(study)}
@@ -77,14 +77,14 @@ def _codes(study: Study) -> list[str]:
     return [code for code in _STYLES if any(v.code == code for v in study.variants)]
 
 
-def _times(study: Study, kind: str, code: str) -> list[Ratio]:
+def _times(study: Study, kind: str, code: str) -> list[Interval]:
     return [study.ratio(kind, v.name) for v in study.variants if v.code == code]
 
 
-def _saved(study: Study, code: str) -> list[Ratio]:
+def _saved(study: Study, code: str) -> list[Interval]:
     plain = study.counts[PLAIN].saved_bytes
     values = [study.counts[v.name].saved_bytes / plain for v in study.variants if v.code == code]
-    return [Ratio(value, value, value, value, value, resolved=True) for value in values]
+    return [Interval(value, value, value) for value in values]
 
 
 def _caption(study: Study) -> str:

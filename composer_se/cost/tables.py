@@ -12,9 +12,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from composer_se.cost.statistics import Ratio
 from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
+from composer_se.measure.uncertainty import Interval
 
 __all__ = ["print_study", "write_json"]
 
@@ -127,7 +127,7 @@ def _against_table(study: Study) -> Table:
         table.add_column(kind, justify="right", no_wrap=True)
     for setting in _settings_measured(study):
         compared = [study.against(kind, setting) for kind in study.seconds]
-        table.add_row(setting, *(f"{comparison.time}\n{comparison.overhead}" for comparison in compared))
+        table.add_row(setting, *(f"{time}\n{overhead}" for time, overhead in compared))
     return table
 
 
@@ -190,10 +190,7 @@ def _as_dict(study: Study) -> dict[str, Any]:
             {
                 "min_channels": setting,
                 **{
-                    kind: {
-                        "time": _ratio(study.against(kind, setting).time),
-                        "overhead": _ratio(study.against(kind, setting).overhead),
-                    }
+                    kind: dict(zip(("time", "overhead"), map(_ratio, study.against(kind, setting)), strict=True))
                     for kind in study.seconds
                 },
             }
@@ -203,8 +200,9 @@ def _as_dict(study: Study) -> dict[str, Any]:
     return found
 
 
-def _ratio(ratio: Ratio) -> dict[str, Any]:
+def _ratio(ratio: Interval) -> dict[str, Any]:
     """A ratio for JSON, which knows no NaN."""
-    values = {key: None if math.isnan(value) else value for key, value in asdict(ratio).items()}
-    resolution = None if math.isnan(ratio.resolution) else ratio.resolution
-    return {**values, "resolution": resolution}
+    values = asdict(ratio) | {"resolution": ratio.half_width}
+    return {key: None if math.isnan(value) else value for key, value in values.items()} | {
+        "resolved": ratio.excludes(1)
+    }

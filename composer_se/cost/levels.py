@@ -1,4 +1,4 @@
-"""What repeated timings of several instances of every variant say, and what they cannot say."""
+"""How slow each copy of each variant is, from repeated timings, and the ratios that follow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 
-__all__ = ["Comparison", "Levels", "Ratio", "compare", "compare_overheads", "levels", "typical_seconds"]
+from composer_se.measure.uncertainty import Interval, students_t
+
+__all__ = ["Levels", "find_levels", "overhead_ratio", "time_ratio", "typical_seconds"]
 
 Seconds = Mapping[str, Sequence[Sequence[float]]]
 """Per variant, per instance of it, one time in seconds for each round."""
@@ -30,54 +32,7 @@ class Levels:
     degrees: int
 
 
-@dataclass(frozen=True)
-class Ratio:
-    """One figure with what the run could resolve.
-
-    Attributes:
-        value: The figure; 1 would mean no difference.
-        low: Lower end of its 95 % interval. NaN where the figure cannot be told at all.
-        high: Upper end, likewise.
-        lowest: The smallest value among single instances.
-        highest: The largest, likewise.
-        resolved: Whether the figure differs from 1 by more than the same code differs from itself: in one run of
-            twenty, two variants of the very same code would.
-    """
-
-    value: float
-    low: float
-    high: float
-    lowest: float
-    highest: float
-    resolved: bool
-
-    @property
-    def resolution(self) -> float:
-        """Half width of the interval: of its two halves, the wider one."""
-        return self.high - self.value
-
-    def __str__(self) -> str:
-        if math.isnan(self.resolution):
-            return "not resolved"
-        digits = 2 if self.resolution >= 0.005 else 3
-        spread = f"±{self.resolution:.{digits}f}"
-        return f"{self.value:.{digits}f} {spread}" if self.resolved else f"{self.value:.{digits}f} (within {spread})"
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Ours beside another implementation on the same layers.
-
-    Attributes:
-        time: Our time over theirs.
-        overhead: Our overhead over the plain network, over theirs.
-    """
-
-    time: Ratio
-    overhead: Ratio
-
-
-def levels(seconds: Seconds) -> Levels:
+def find_levels(seconds: Seconds) -> Levels:
     """Takes out what the rounds share and finds how far instances of the same code lie apart.
 
     In every round each instance is timed once, so the median of a round is the state of the machine in it (its clock,
@@ -109,11 +64,11 @@ def levels(seconds: Seconds) -> Levels:
 
 
 def typical_seconds(measured: Levels, variant: str) -> float:
-    """The time of a variant in the median round; quotients of two of them are what `compare` gives."""
+    """The time of a variant in the median round; quotients of two of them are what `time_ratio` gives."""
     return math.exp(measured.common + mean(measured.of[variant]))
 
 
-def compare(measured: Levels, variant: str, reference: str) -> Ratio:
+def time_ratio(measured: Levels, variant: str, reference: str) -> Interval:
     """The time of one variant over that of another.
 
     Args:
@@ -122,23 +77,16 @@ def compare(measured: Levels, variant: str, reference: str) -> Ratio:
         reference: Name of the denominator.
 
     Returns:
-        The ratio, its resolution, and the ratios of single instances of `variant` to the mean of `reference`.
+        The ratio. Its interval leaves out 1 when the two differ by more than copies of the same code do; for two
+        variants of the same code this happens in one run of twenty.
     """
     ours, theirs = measured.of[variant], measured.of[reference]
-    base = mean(theirs)
-    value = math.exp(mean(ours) - base)
-    half = _quantile(measured) * measured.deviation * math.sqrt(1 / len(ours) + 1 / len(theirs))
-    return Ratio(
-        value,
-        low=value * math.exp(-half),
-        high=value * math.exp(half),
-        lowest=math.exp(min(ours) - base),
-        highest=math.exp(max(ours) - base),
-        resolved=abs(math.log(value)) > half,
-    )
+    value = math.exp(mean(ours) - mean(theirs))
+    half = students_t(measured.degrees) * measured.deviation * math.sqrt(1 / len(ours) + 1 / len(theirs))
+    return Interval(value, value * math.exp(-half), value * math.exp(half))
 
 
-def compare_overheads(measured: Levels, ours: str, theirs: str, plain: str) -> Ratio:
+def overhead_ratio(measured: Levels, ours: str, theirs: str, plain: str) -> Interval:
     """Our overhead over the plain network as a share of another implementation's.
 
     Args:
@@ -152,21 +100,13 @@ def compare_overheads(measured: Levels, ours: str, theirs: str, plain: str) -> R
         order, and is NaN where the other variant is not slower than the plain network beyond its resolution: a
         quotient by something that may be zero says nothing.
     """
-    a, b = compare(measured, ours, plain), compare(measured, theirs, plain)
-    if not b.resolved or b.value < 1:
-        return Ratio(math.nan, math.nan, math.nan, math.nan, math.nan, resolved=False)
+    a, b = time_ratio(measured, ours, plain), time_ratio(measured, theirs, plain)
+    if not b.low > 1:
+        return Interval(math.nan, math.nan, math.nan)
     over_a, over_b = a.value - 1, b.value - 1
     value = over_a / over_b
     d_ours, d_theirs = a.value / over_b, -over_a * b.value / over_b**2
     slopes = ((ours, d_ours), (theirs, d_theirs), (plain, -d_ours - d_theirs))
     variance = sum(slope**2 / len(measured.of[name]) for name, slope in slopes)
-    half = _quantile(measured) * measured.deviation * math.sqrt(variance)
-    lowest, highest = sorted(((a.lowest - 1) / over_b, (a.highest - 1) / over_b))
-    return Ratio(value, value - half, value + half, lowest, highest, resolved=abs(value - 1) > half)
-
-
-def _quantile(measured: Levels) -> float:
-    """Student's t for 95 %, both sides."""
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, measured.degrees))
+    half = students_t(measured.degrees) * measured.deviation * math.sqrt(variance)
+    return Interval(value, value - half, value + half)

@@ -8,8 +8,9 @@ import random
 import pytest
 import torch
 
-from composer_se.cost.statistics import Ratio, compare, compare_overheads, levels, typical_seconds
-from composer_se.cost.timing import steps_per_visit, time_in_turns
+from composer_se.cost.levels import find_levels, overhead_ratio, time_ratio, typical_seconds
+from composer_se.measure.timing import steps_per_visit, time_in_turns
+from composer_se.measure.uncertainty import Interval
 
 
 def made_up(true: dict[str, float], seed: int, instances=4, rounds=5, between=0.02, within=0.01, drift=0.0):
@@ -25,11 +26,11 @@ def made_up(true: dict[str, float], seed: int, instances=4, rounds=5, between=0.
 
 
 def test_a_ratio_without_noise_is_exact_whatever_the_machine_does_meanwhile():
-    found = levels(made_up({"plain": 2.0, "ours": 2.2}, 0, between=0, within=0, drift=0.3))
-    ratio = compare(found, "ours", "plain")
+    found = find_levels(made_up({"plain": 2.0, "ours": 2.2}, 0, between=0, within=0, drift=0.3))
+    ratio = time_ratio(found, "ours", "plain")
     assert ratio.value == pytest.approx(1.1)
-    assert ratio.resolution == pytest.approx(0, abs=1e-9)
-    assert ratio.resolved
+    assert ratio.half_width == pytest.approx(0, abs=1e-9)
+    assert ratio.excludes(1)
     # The third of five rounds, in which the machine has slowed down by exp(0.6).
     assert typical_seconds(found, "ours") == pytest.approx(2.2 * math.exp(0.6))
 
@@ -37,61 +38,60 @@ def test_a_ratio_without_noise_is_exact_whatever_the_machine_does_meanwhile():
 def test_one_disturbed_visit_changes_nothing():
     seconds = made_up({"plain": 1.0, "ours": 1.0}, 0, between=0, within=0)
     seconds["ours"][1][2] *= 10
-    assert compare(levels(seconds), "ours", "plain").value == pytest.approx(1)
+    assert time_ratio(find_levels(seconds), "ours", "plain").value == pytest.approx(1)
 
 
 def test_the_resolution_is_students_interval_of_the_spread_between_instances():
     a = 0.01
     seconds = {name: [[math.exp(a)] * 3, [math.exp(-a)] * 3] for name in ("plain", "ours")}
-    found = levels(seconds)
+    found = find_levels(seconds)
     assert found.degrees == 2
     assert found.deviation == pytest.approx(math.sqrt(4 * a**2 / 2))
     half = 4.302653 * found.deviation * math.sqrt(1 / 2 + 1 / 2)  # Student's t for two degrees of freedom
-    ratio = compare(found, "ours", "plain")
-    assert ratio.resolution == pytest.approx(math.expm1(half), rel=1e-4)
-    assert ratio.lowest == pytest.approx(math.exp(-a))
-    assert ratio.highest == pytest.approx(math.exp(a))
+    ratio = time_ratio(found, "ours", "plain")
+    assert ratio.half_width == pytest.approx(math.expm1(half), rel=1e-4)
+    assert ratio.low == pytest.approx(math.exp(-half), rel=1e-4)
 
 
 def test_the_same_code_is_told_apart_in_about_one_run_of_twenty():
     true = {"plain": 1.0, "ours": 1.0, "built-in": 1.0}
     runs = 400
-    wrong = sum(compare(levels(made_up(true, seed)), "ours", "plain").resolved for seed in range(runs))
+    wrong = sum(time_ratio(find_levels(made_up(true, seed)), "ours", "plain").excludes(1) for seed in range(runs))
     assert 0.02 < wrong / runs < 0.09
 
 
 def test_a_difference_well_beyond_the_resolution_is_told_apart():
     true = {"plain": 1.0, "ours": 1.2}
-    assert all(compare(levels(made_up(true, seed)), "ours", "plain").resolved for seed in range(50))
+    assert all(time_ratio(find_levels(made_up(true, seed)), "ours", "plain").excludes(1) for seed in range(50))
 
 
 def test_an_overhead_as_a_share_of_another_has_an_interval_that_holds():
     true = {"plain": 1.0, "ours": 1.07, "built-in": 1.10}
-    found = [levels(made_up(true, seed, between=0.005, within=0.001)) for seed in range(200)]
-    ratios = [compare_overheads(one, "ours", "built-in", "plain") for one in found]
-    held = sum(abs(ratio.value - 0.7) <= ratio.resolution for ratio in ratios)
+    found = [find_levels(made_up(true, seed, between=0.005, within=0.001)) for seed in range(200)]
+    ratios = [overhead_ratio(one, "ours", "built-in", "plain") for one in found]
+    held = sum(abs(ratio.value - 0.7) <= ratio.half_width for ratio in ratios)
     assert 0.90 < held / len(ratios) < 0.99
     assert sum(ratio.value for ratio in ratios) / len(ratios) == pytest.approx(0.7, abs=0.02)
 
 
 @pytest.mark.parametrize("built_in", [1.0, 0.5])
 def test_an_overhead_as_a_share_of_one_that_is_no_overhead_is_not_resolved(built_in):
-    found = levels(made_up({"plain": 1.0, "ours": 1.07, "built-in": built_in}, 0))
-    assert compare(found, "built-in", "plain").resolved == (built_in == 0.5)
-    ratio = compare_overheads(found, "ours", "built-in", "plain")
-    assert not ratio.resolved
+    found = find_levels(made_up({"plain": 1.0, "ours": 1.07, "built-in": built_in}, 0))
+    assert time_ratio(found, "built-in", "plain").excludes(1) == (built_in == 0.5)
+    ratio = overhead_ratio(found, "ours", "built-in", "plain")
+    assert not ratio.excludes(1)
     assert str(ratio) == "not resolved"
 
 
 def test_a_ratio_within_the_resolution_is_printed_as_such():
-    assert str(Ratio(1.012, 0.982, 1.042, 1.0, 1.02, resolved=False)) == "1.01 (within ±0.03)"
-    assert str(Ratio(1.082, 1.052, 1.112, 1.0, 1.02, resolved=True)) == "1.08 ±0.03"
-    assert str(Ratio(1.0123, 1.0103, 1.0143, 1.0, 1.02, resolved=True)) == "1.012 ±0.002"
+    assert str(Interval(1.012, 0.982, 1.042)) == "1.01 (within ±0.03)"
+    assert str(Interval(1.082, 1.052, 1.112)) == "1.08 ±0.03"
+    assert str(Interval(1.0123, 1.0103, 1.0143)) == "1.012 ±0.002"
 
 
 def test_one_instance_of_each_variant_gives_no_resolution():
     with pytest.raises(ValueError, match="at least two instances"):
-        levels({"plain": [[1.0]], "ours": [[1.0]]})
+        find_levels({"plain": [[1.0]], "ours": [[1.0]]})
 
 
 def test_every_instance_is_visited_once_a_round_in_changing_order():
