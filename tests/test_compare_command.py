@@ -24,7 +24,7 @@ from composer_se.cli import main
 from composer_se.compare import kept_speeds, speed
 from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
-from composer_se.compare.study import check
+from composer_se.compare.run import check
 from composer_se.errors import UserError
 from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train

@@ -15,9 +15,9 @@ from composer_se.compare.judgement import _is_shown, judge, seeds_needed
 from composer_se.compare.kept_speeds import _rescaled
 from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.picture import draw
+from composer_se.compare.results import as_json, as_markdown
+from composer_se.compare.run import Findings, other_lengths
 from composer_se.compare.speed import Speed
-from composer_se.compare.study import Findings, other_lengths
-from composer_se.compare.tables import as_json, as_markdown
 from composer_se.measure.machine import Machine
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 

@@ -174,7 +174,7 @@ def test_mistakes_are_named_in_one_line(
 
 def test_many_layers_share_one_picture(tmp_path: Path, network: nn.Sequential, batches: Batches) -> None:
     from composer_se.gates.picture import draw
-    from composer_se.gates.trained import Trained
+    from composer_se.recipe.trained import Trained
 
     analysis = analyse(network, batches)
     many = Analysis(analysis.layers * 15, analysis.accuracy, analysis.num_images)

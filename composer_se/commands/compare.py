@@ -19,7 +19,7 @@ from composer_se.errors import UserError
 
 if TYPE_CHECKING:
     from composer_se.compare.arms import Comparison
-    from composer_se.compare.study import Findings, Progress
+    from composer_se.compare.run import Findings, Progress
 
 __all__ = ["add_arguments", "run"]
 
@@ -69,13 +69,13 @@ def run(args: argparse.Namespace) -> int:
     comparison = _comparison(args)
     ranks.share_cores()  # before torch is imported
 
-    from composer_se.compare.study import check
+    from composer_se.compare.run import check
     from composer_se.recipe.interruption import exit_code_of
     from composer_se.recipe.run import log_on_terminal
 
     check(comparison)
     with log_on_terminal(), surgery_logged_from(logging.WARNING):
-        code = exit_code_of(lambda: _pursue(comparison), comparison.folder)
+        code = exit_code_of(lambda: _compare(comparison), comparison.folder)
     if code:
         ranks.say("\ncomposer-se compare: stopped; the same command continues")
     return code
@@ -103,18 +103,18 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     )
 
 
-def _pursue(comparison: Comparison) -> None:
+def _compare(comparison: Comparison) -> None:
     from composer.utils import dist
     from rich.console import Console
 
     from composer_se.compare.judgement import judge
-    from composer_se.compare.study import pursue
-    from composer_se.compare.tables import print_judgements, print_speeds
+    from composer_se.compare.results import print_judgements, print_speeds
+    from composer_se.compare.run import run_comparison
 
     speaks = dist.get_global_rank() == 0
     findings = None
     with _progress_bar() as progress:
-        for findings in pursue(comparison, progress):
+        for findings in run_comparison(comparison, progress):
             if findings.runs and speaks:
                 _write(comparison, findings)
     if findings is None or not speaks:
@@ -129,7 +129,7 @@ def _pursue(comparison: Comparison) -> None:
 def _write(comparison: Comparison, findings: Findings) -> None:
     from composer_se.compare.judgement import judge
     from composer_se.compare.picture import draw
-    from composer_se.compare.tables import as_json, as_markdown, conditions
+    from composer_se.compare.results import as_json, as_markdown, conditions
     from composer_se.recipe.failed_writes import replace_file, writing
 
     judgements = judge(comparison, findings)

@@ -97,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from composer_se.cost.plot import plot_formats, plot_study
+    from composer_se.cost.picture import draw, picture_formats
     from composer_se.cost.study import measure
     from composer_se.cost.tables import print_study, write_json
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)
-    if args.plot is not None and args.plot.suffix.removeprefix(".") not in plot_formats():
+    if args.plot is not None and args.plot.suffix.removeprefix(".") not in picture_formats():
         raise UserError(f"--plot {args.plot}: its ending must name a picture format, such as .png or .svg")
     network = read_network(args)
     settings = _settings(args, network)
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             write_json(study, args.json)
     if args.plot is not None:
         with _writing("--plot", args.plot):
-            plot_study(study, args.plot)
+            draw(study, args.plot)
     return 0
 
 

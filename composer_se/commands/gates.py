@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     from composer_se.gates.analysis import analyse
     from composer_se.gates.picture import draw
-    from composer_se.gates.report import as_json, print_analysis
-    from composer_se.gates.trained import load_trained
+    from composer_se.gates.table import as_json, print_analysis
+    from composer_se.recipe.trained import load_trained
     from composer_se.report import write_report
 
     warnings.filterwarnings("ignore", message="No optimizer was specified")

@@ -9,7 +9,7 @@ from statistics import mean
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.outcomes import accuracy_after
-from composer_se.compare.study import Findings, training_seconds
+from composer_se.compare.run import Findings, training_seconds
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means, students_t
 
 __all__ = ["Judgement", "judge", "seeds_needed"]

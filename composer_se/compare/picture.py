@@ -13,7 +13,7 @@ import numpy as np
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
-from composer_se.compare.study import Findings
+from composer_se.compare.run import Findings
 
 __all__ = ["draw"]
 

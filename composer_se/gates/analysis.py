@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from composer_se.errors import UserError
-from composer_se.gate_statistics import (
+from composer_se.gates.observe import (
     GateStatistics,
     describe,
     gate_terms,

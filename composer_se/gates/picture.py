@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from composer_se.gates.trained import Trained
+from composer_se.recipe.trained import Trained
 
 if TYPE_CHECKING:
     from composer_se.gates.analysis import Analysis, LayerGates

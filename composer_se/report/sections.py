@@ -5,9 +5,9 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from composer_se.gate_statistics import NEAR
-from composer_se.report.figures import Series, line_plot
+from composer_se.gates.observe import NEAR
 from composer_se.report.page import section, table
+from composer_se.report.picture import Series, line_plot
 
 if TYPE_CHECKING:
     from composer_se.planning import Plan

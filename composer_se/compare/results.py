@@ -17,7 +17,7 @@ from rich.table import Table
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
-from composer_se.compare.study import Findings
+from composer_se.compare.run import Findings
 from composer_se.measure.uncertainty import Interval, ratio_of_means
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]

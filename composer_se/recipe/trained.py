@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from composer_se.errors import UserError
-from composer_se.gate_statistics import se_blocks
+from composer_se.gates.observe import se_blocks
 from composer_se.recipe.build import num_classes
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.messages import one_line

@@ -9,7 +9,7 @@ from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
 from composer_se.measure.uncertainty import Interval
 
-__all__ = ["plot_formats", "plot_study"]
+__all__ = ["draw", "picture_formats"]
 
 # Blue and vermillion of Okabe and Ito's palette, which colour-blind readers tell apart; the markers differ as well.
 _STYLES = {
@@ -18,14 +18,14 @@ _STYLES = {
 }
 
 
-def plot_formats() -> set[str]:
+def picture_formats() -> set[str]:
     """The file name endings that a plot can be written with, without the dot."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     return set(FigureCanvasBase.get_supported_filetypes())
 
 
-def plot_study(study: Study, path: Path) -> None:
+def draw(study: Study, path: Path) -> None:
     """Draws one panel for each kind of step and one for the bytes saved for backward.
 
     Args:

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from composer_se.gates.analysis import Analysis
 from composer_se.gates.picture import pictured_classes
-from composer_se.gates.trained import Trained
+from composer_se.recipe.trained import Trained
 
 __all__ = ["as_json", "print_analysis"]
 

@@ -24,7 +24,7 @@ from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["Findings", "check", "pursue"]
+__all__ = ["Findings", "check", "run_comparison"]
 
 # Of the training time: what no number of seeds that anybody trains could tell from nothing.
 NEGLIGIBLE = 0.01
@@ -78,7 +78,7 @@ def check(comparison: Comparison) -> None:
             raise UserError(f"--arm {name}: {error}") from error
 
 
-def pursue(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
+def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
     """Measures speeds, then trains every arm with every seed, one seed after the other.
 
     The arms of a seed take turns in an order that moves on from seed to seed. After them the reference is trained
