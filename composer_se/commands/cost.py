@@ -95,11 +95,12 @@ def run(args: argparse.Namespace) -> int:
         UserError: An option is wrong, the network cannot be built or run, or a file cannot be written.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from composer_se.cost.picture import draw, picture_formats
+    from composer_se.cost.picture import draw
     from composer_se.cost.study import measure
     from composer_se.cost.tables import print_study, write_json
+    from composer_se.show.pictures import picture_formats
+    from composer_se.show.terminal import progress_bar
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)
@@ -108,19 +109,7 @@ def run(args: argparse.Namespace) -> int:
     network = read_network(args)
     settings = _settings(args, network)
     built = network.build()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with surgery_logged_from(logging.ERROR), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("counting", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with surgery_logged_from(logging.ERROR), progress_bar() as progress:
         study = measure(network.name, built, settings, progress)
     print_study(study, Console())
     if args.json is not None:
