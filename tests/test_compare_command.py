@@ -79,6 +79,40 @@ def test_no_seeds_measure_speeds_and_train_nothing(capsys) -> None:
     assert [path.name for path in Path("out").iterdir()] == ["speeds.json"]
 
 
+def test_speeds_are_kept_round_by_round_and_measured_on_from_there(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    take_turn = kept_speeds.take_turn
+
+    def take(name: str, *arguments) -> speed.Turn:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(name)
+        return take_turn(name, *arguments)
+
+    monkeypatch.setattr(kept_speeds, "take_turn", take)
+    assert compare("--seeds", "0") == 130
+    assert "turn 3 of 4" in capsys.readouterr().err
+    first = json.loads(Path("out/speeds.json").read_text())
+    assert [len(entry["speed"]["step"]) for entry in first.values()] == [1, 1]
+    taken.clear()
+    assert compare("--seeds", "0") == 0
+    assert sorted(taken) == ["plain", "with SE"]
+    for name, entry in json.loads(Path("out/speeds.json").read_text()).items():
+        assert entry["speed"]["step"][:1] == first[name]["speed"]["step"]
+        assert len(entry["speed"]["step"]) == len(entry["speed"]["latency"]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_speeds, "take_turn", lambda *_: pytest.fail("measured"))
+    Path("out").write_text("a file")
+    assert compare("--seeds", "1") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("composer-se compare: error: --out out: can't be written (Not a directory)")
+    assert "make room" not in error
+
+
 def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(capsys) -> None:
     assert compare("--seeds", "1") == 0
     before = json.loads(Path("out/results.json").read_text())

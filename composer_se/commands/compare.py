@@ -7,10 +7,8 @@ same command continues what was interrupted. On several processes: composer -n N
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,7 @@ from composer_se.errors import UserError
 
 if TYPE_CHECKING:
     from composer_se.compare.arms import Comparison
-    from composer_se.compare.run import Findings, Progress
+    from composer_se.compare.run import Findings
 
 __all__ = ["add_arguments", "run"]
 
@@ -110,10 +108,12 @@ def _compare(comparison: Comparison) -> None:
     from composer_se.compare.judgement import judge
     from composer_se.compare.results import print_judgements, print_speeds
     from composer_se.compare.run import run_comparison
+    from composer_se.recipe import ranks
+    from composer_se.show.terminal import progress_bar
 
     speaks = dist.get_global_rank() == 0
     findings = None
-    with _progress_bar() as progress:
+    with progress_bar(speaks=ranks.is_local_rank_zero(), in_lines=True) as progress:
         for findings in run_comparison(comparison, progress):
             if findings.runs and speaks:
                 _write(comparison, findings)
@@ -138,34 +138,3 @@ def _write(comparison: Comparison, findings: Findings) -> None:
     picture = comparison.folder / "comparison.png"
     with writing(picture):
         draw(comparison, findings, judgements, conditions(comparison, findings), picture)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from composer_se.recipe import ranks
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not ranks.is_local_rank_zero()) as bar:
-        task = bar.add_task("starting", total=None)
-        current = ""
-
-        def progress(what: str, done: int, total: int) -> None:
-            nonlocal current
-            if what != current:
-                current = what
-                bar.reset(task)
-                if not console.is_terminal and ranks.is_local_rank_zero():
-                    print(what, file=console.file, flush=True)
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield progress

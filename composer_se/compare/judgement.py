@@ -24,8 +24,8 @@ class Judgement:
         accuracies: Final accuracy per seed.
         equal_epochs: How much more accurate it is than the reference after as many epochs. None for the reference.
         equal_time: How much more than the reference trained for as long as this arm trains. None for the reference.
-        equal_latency: How much more than the most accurate of the other arms not shown to be slower in inference, and
-            which that is. None where all others are slower.
+        beside_best_no_slower: The most accurate of the other arms that are not shown to be slower in inference, and how
+            much more accurate this one is. None where all others are slower.
         step_time: Time of a training step over the reference's.
         latency: Inference time of one image over the reference's.
         parameters: Of the trained network.
@@ -37,7 +37,7 @@ class Judgement:
     accuracies: tuple[float, ...]
     equal_epochs: Interval | None
     equal_time: Interval | None
-    equal_latency: tuple[str, Interval] | None
+    beside_best_no_slower: tuple[str, Interval] | None
     step_time: Interval
     latency: Interval
     parameters: int
@@ -66,7 +66,7 @@ def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
         accuracies=tuple(ours),
         equal_epochs=equal_epochs,
         equal_time=equal_time,
-        equal_latency=_equal_latency(arm, comparison, findings),
+        beside_best_no_slower=_beside_best_no_slower(arm, comparison, findings),
         step_time=ratio_of_means(speed.step, base.step),
         latency=ratio_of_means(speed.latency, base.latency),
         parameters=runs[0].parameters,
@@ -86,7 +86,7 @@ def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[
     return accuracies
 
 
-def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Interval] | None:
+def _beside_best_no_slower(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Interval] | None:
     """The arm against the most accurate of the others that are not slower, as far as the timing can tell."""
 
     def is_slower(other: str) -> bool:
@@ -141,20 +141,19 @@ def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
             needed.append(f"{'over 10,000' if count is None else f'about {count:,}'} seeds {where}")
     if not needed:
         return ""
-    return f" To show as small a difference as was seen would take {' and '.join(needed)}, at even odds."
+    return f" A 50 % chance to detect a difference this small would take {' and '.join(needed)}."
 
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
-    """About how many seeds would tell a difference of the size seen from zero.
+    """About how many seeds would give a 50 % chance to detect a difference as small as the one seen.
 
     Args:
         difference: Over the seeds there are.
         seeds: How many there are.
 
     Returns:
-        The number whose interval would be as wide as the difference is large, given the spread seen: with so many
-        seeds it would be shown about every other time. One more than there are where no spread was seen. None where
-        it is over 10,000, the spread is unknown or the difference is nought.
+        The number of seeds whose interval would be as wide as the difference is large. One more than there are where no
+        spread was seen. None where it is over 10,000, the spread is unknown or the difference is zero.
     """
     if math.isnan(difference.half_width) or difference.value == 0:
         return None

@@ -3,48 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shlex
 from collections.abc import Sequence
 from statistics import mean, stdev
-from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
 from composer_se.compare.run import Findings
 from composer_se.measure.uncertainty import Interval, ratio_of_means
+from composer_se.show.terminal import new_table
+from composer_se.show.text import to_json
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
 
 _HEADS = ("arm", "accuracy, %", "at equal epochs", "at equal time", "step time", "latency")
 _EXPLANATION = (
-    "Accuracy on the held-out images after the last step, mean ± standard deviation over seeds. Differences to the "
-    "first arm in percentage points, paired by seed, with their 95 % interval; at equal time: to the first arm trained "
-    "for as long as the arm's training takes (it is trained for the time of the slowest arm, and of the fastest if "
-    "that is another; between them its accuracy is interpolated). Times: ratios to the first arm, measured in turns "
-    "over the training; ± holds what changes in its course, too."
+    "Accuracy on the held-out images after the last step: mean ± standard deviation over seeds. Differences to the "
+    "first arm: percentage points, paired by seed, with 95 % confidence intervals. At equal time, the first arm is "
+    "trained once more for as long as the slowest arm takes, and for as short as the fastest; between these its "
+    "accuracy is interpolated. Times are ratios to the first arm, measured in turns; ± is half the 95 % interval."
 )
 _SMALL_PRINT = (
-    "Intervals at equal time leave out what is not known of the times themselves; each interval is for one comparison, "
-    "and of twenty such one misses by chance."
+    "Intervals at equal time leave out the uncertainty of the times. Each interval is for one comparison; one "
+    "in twenty misses the truth by chance."
 )
 
 
 def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], console: Console) -> None:
     """Prints the table, which fits 80 columns, and a sentence on each arm."""
     seeds = len(judgements[0].accuracies)
-    table = _table(f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm", _EXPLANATION)
-    for head in _HEADS:
-        if head == "arm":
-            table.add_column(head, overflow="fold")
-        else:
-            table.add_column(head.replace(" ", "\n", 1), justify="right")
+    title = f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm"
+    table = new_table(title, _EXPLANATION, _HEADS[0], [head.replace(" ", "\n", 1) for head in _HEADS[1:]])
     for judged in judgements:
         table.add_row(*_cells(judged, "\n"))
     console.print(table)
@@ -55,10 +47,8 @@ def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], co
 def print_speeds(comparison: Comparison, findings: Findings, console: Console) -> None:
     """Prints how fast the arms train and infer, where nothing was trained."""
     caption = f"Ratios to the first arm, measured in turns, with their 95 % interval. {_where(findings)}."
-    table = _table(f"{comparison.recipe}: speed", caption)
-    table.add_column("arm", overflow="fold")
-    for head in ("ms per step", "ratio", "ms per image", "ratio"):
-        table.add_column(head, justify="right")
+    heads = ("ms per step", "ratio", "ms per image", "ratio")
+    table = new_table(f"{comparison.recipe}: speed", caption, "arm", heads)
     reference = findings.speeds[comparison.reference.name]
     for arm in comparison.arms:
         speed = findings.speeds[arm.name]
@@ -108,7 +98,7 @@ def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Jud
         "other_lengths": [dataclasses.asdict(run) for run in findings.other_lengths],
         "judgements": [dataclasses.asdict(judged) for judged in judgements],
     }
-    return json.dumps(_without_nan(content), indent=1) + "\n"
+    return to_json(content)
 
 
 def command(comparison: Comparison, processes: int) -> str:
@@ -136,17 +126,6 @@ def conditions(comparison: Comparison, findings: Findings) -> str:
     )
 
 
-def _table(title: str, caption: str) -> Table:
-    return Table(
-        title=escape(title),
-        caption=caption,
-        box=box.SIMPLE_HEAD,
-        title_justify="left",
-        caption_justify="left",
-        padding=(0, 1),
-    )
-
-
 def _where(findings: Findings) -> str:
     return f"{findings.processes} processes, {findings.machine}" if findings.processes > 1 else str(findings.machine)
 
@@ -170,11 +149,11 @@ def _sentences(judgements: Sequence[Judgement]) -> list[str]:
         if judged.equal_epochs is None:
             continue
         lines.append(f"{judged.arm}: {judged.sentence}")
-        if judged.equal_latency is not None:
-            rival, difference = judged.equal_latency
+        if judged.beside_best_no_slower is not None:
+            rival, difference = judged.beside_best_no_slower
             lines.append(
-                f"{judged.arm}, at equal latency: {_difference(difference, ' ')} points beside {rival}, "
-                "the most accurate of the arms not shown to be slower."
+                f"{judged.arm} beside {rival}, the most accurate of the arms not shown to be slower in inference: "
+                f"{_difference(difference, ' ')} points."
             )
     return lines
 
@@ -186,12 +165,3 @@ def _difference(difference: Interval | None, separator: str) -> str:
     if math.isnan(difference.half_width):
         return value
     return f"{value}{separator}[{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
-
-
-def _without_nan(content: Any) -> Any:
-    """JSON knows no NaN."""
-    if isinstance(content, dict):
-        return {key: _without_nan(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [_without_nan(value) for value in content]
-    return None if isinstance(content, float) and math.isnan(content) else content

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from composer import Callback, State
 from composer.core import Time, TimeUnit
@@ -23,6 +24,7 @@ from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run import train
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
+from composer_se.show.terminal import Progress
 
 __all__ = ["Findings", "check", "run_comparison"]
 
@@ -50,10 +52,6 @@ class Findings:
     processes: int = 1
     runs: dict[str, list[Outcome]] = field(default_factory=dict)
     other_lengths: list[Outcome] = field(default_factory=list)
-
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what is going on, steps done, steps in all)."""
 
 
 def check(comparison: Comparison) -> None:
@@ -95,6 +93,7 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
     reference = comparison.reference.name
     recipes = run_recipes(comparison, 0)
     join_processes(recipes[reference])
+    from_rank_zero(lambda: _check_writable(comparison.folder))
     for index in range(comparison.num_seeds):  # complaints of what was kept come before hours of training
         for recipe in run_recipes(comparison, index).values():
             from_rank_zero(lambda recipe=recipe: kept_outcome(recipe, comparison.folder))
@@ -103,18 +102,27 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
     yield findings
     for index in range(comparison.num_seeds):
         recipes = run_recipes(comparison, index)
+        seed = f"seed {index + 1} of {comparison.num_seeds}"
         start = index % len(comparison.arms)
         for arm in (*comparison.arms[start:], *comparison.arms[:start]):
-            outcome = _train(
-                f"{arm.name}, seed {recipes[arm.name].seed}", recipes[arm.name], comparison.folder, progress
-            )
+            outcome = _train(f"{seed}: {arm.name}", recipes[arm.name], comparison.folder, progress)
             findings.runs.setdefault(arm.name, []).append(outcome)
         before = findings.runs[reference][-1].batches
         for batches in other_lengths(comparison, findings):
             recipe = lengthened(comparison, index, before, batches)
-            what = f"{reference} for {batches / before:.2f} of its time, seed {recipe.seed}"
+            what = f"{seed}: {reference} for {batches / before:.2f} of its time"
             findings.other_lengths.append(_train(what, recipe, comparison.folder, progress))
         yield findings
+
+
+def _check_writable(folder: Path) -> None:
+    """Complains now rather than after hours."""
+    try:
+        TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {folder}: can't be written ({error.strerror or error}); name another folder, or change that"
+        ) from error
 
 
 def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:

@@ -1,4 +1,4 @@
-"""How fast each arm trains and infers, measured in turns so that the drift of the machine favours none.
+"""How fast an arm trains and infers, measured in short turns so that the drift of the machine favours no arm.
 
 The runs themselves are too far apart in time for that: on a shared machine one hour's steps are 10 % slower than the
 next hour's, where the arms differ by less. A turn trains some steps of the real recipe, data loading and algorithms
@@ -8,8 +8,6 @@ the ends of epochs and what it keeps from one to the next, such as frozen layers
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
 from time import perf_counter
@@ -30,9 +28,8 @@ from composer_se.recipe.end_trainer import end_trainer, release_memory
 from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["OPTIONS", "ROUNDS", "Speed", "measure_speeds"]
+__all__ = ["OPTIONS", "Speed", "Turn", "steps_per_turn", "take_turn"]
 
-ROUNDS = 8
 TURN_SECONDS = 3.0
 LEAST_STEPS, MOST_STEPS = 8, 400
 
@@ -70,43 +67,19 @@ class Speed:
     batches_per_epoch: int
 
 
-def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable[[str], None]) -> dict[str, Speed]:
-    """Measures the arms in turns, in an order drawn anew for each round.
-
-    Args:
-        recipes: Arm name to recipe.
-        rounds: Turns of every arm.
-        advance: Called with the arm's name before each turn.
-
-    Returns:
-        Arm name to speed; under the launcher those of rank zero, on all ranks.
-
-    Raises:
-        UserError: A recipe can't be built.
-    """
-    order = list(recipes)
-    calibration = _take_turn(order[0], recipes[order[0]], 0.0, LEAST_STEPS)
-    steps = from_rank_zero(lambda: _steps_per_turn(calibration.step))
-    turns: dict[str, list[_Turn]] = {name: [] for name in recipes}
-    shuffle = random.Random(0).shuffle
-    for turn in range(rounds):
-        shuffle(order)
-        for name in order:
-            advance(name)
-            turns[name].append(_take_turn(name, recipes[name], (turn + 0.5) / rounds, steps))
-            release_memory()
-    speeds = {
-        name: Speed(tuple(t.step for t in taken), tuple(t.latency for t in taken), taken[0].batches_per_epoch)
-        for name, taken in turns.items()
-    }
-    return from_rank_zero(lambda: speeds)
-
-
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
+    """One turn of one arm: the numbers of `Speed` for this turn."""
+
     step: float
     latency: float
     batches_per_epoch: int
+
+
+def steps_per_turn(name: str, recipe: Recipe) -> int:
+    """How many steps fill a turn, from a short turn of one arm; the same number on all ranks."""
+    seconds = take_turn(name, recipe, 0.0, LEAST_STEPS).step
+    return from_rank_zero(lambda: min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds))))
 
 
 class _Stopwatch(Callback):
@@ -127,8 +100,21 @@ class _Stopwatch(Callback):
             state.stop_training()
 
 
-def _take_turn(name: str, recipe: Recipe, share: float, steps: int) -> _Turn:
-    """Infers, then trains some steps from a point of the run's duration on."""
+def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
+    """Times inference, then some training steps.
+
+    Args:
+        name: Of the arm.
+        recipe: Its recipe.
+        share: Where in the run's duration the steps are taken, from 0 to 1.
+        steps: How many are trained; the first quarter of them is not timed.
+
+    Returns:
+        The times; under the launcher those of rank zero, on all ranks.
+
+    Raises:
+        UserError: The recipe can't be built.
+    """
     stopwatch = _Stopwatch(steps)
     try:
         trainer, parts = _build(recipe, stopwatch)
@@ -142,7 +128,8 @@ def _take_turn(name: str, recipe: Recipe, share: float, steps: int) -> _Turn:
     trainer.fit()
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
     end_trainer(trainer)
-    return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
+    release_memory()
+    return from_rank_zero(lambda: Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch))
 
 
 def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
@@ -200,7 +187,3 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
 
 def _device(state: State) -> torch.device:
     return torch.device(state.device.name if state.device.name != "gpu" else "cuda")
-
-
-def _steps_per_turn(seconds_per_step: float) -> int:
-    return min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds_per_step)))

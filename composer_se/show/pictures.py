@@ -16,7 +16,6 @@ __all__ = [
     "GREY",
     "MARKERS",
     "legend_above",
-    "literal",
     "new_figure",
     "picture_formats",
     "save",
