@@ -15,9 +15,9 @@ from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
-RESULTS = DOCS / "cost-resnet50-against-composer.json"
+RESULTS = DOCS / "results"
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
-CLAIMS = (  # folder below claims/, the algorithm beside SE, what the row is called
+CLAIMS = (  # folder below results/claims/, the algorithm beside SE, what the row is called
     ("randaugment-data-bound", "RandAugment", "RandAugment, digits, ResNet-8: loader slower than network"),
     ("randaugment-compute-bound", "RandAugment", "RandAugment, digits, ResNet-20: network slower than loader"),
     ("selective-backprop-speed", "SelectiveBackprop", "SelectiveBackprop, Fashion-MNIST, ResNet-8"),
@@ -80,19 +80,22 @@ def _ratio(ratio: dict[str, Any]) -> str:
 
 def with_tables(readme: str) -> str:
     """The README with its tables renewed."""
-    readme = _replaced(readme, "cost", cost_table(json.loads(RESULTS.read_text())))
+    readme = _replaced(
+        readme, "cost", cost_table(json.loads((RESULTS / "cost-resnet50-against-composer.json").read_text()))
+    )
     # Its headings would stand beside the README's own.
     tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
     rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
     readme = _replaced(readme, "compatibility", rows.strip())
-    readme = _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
-    return _replaced(readme, "claims", claims_table(DOCS / "claims"))
+    readme = _replaced(readme, "study", study_table((RESULTS / "study" / "results.md").read_text()))
+    return _replaced(readme, "claims", claims_table(RESULTS / "claims"))
 
 
 def study_table(report: str) -> str:
     """The table of a comparison's report, what it decides, and the conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
-    decided = [line for line in re.findall(r"^- .*\n", report, re.MULTILINE) if ", at equal latency: " not in line]
+    sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
+    decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
     return f"{table}\n{''.join(decided)}\n{conditions}"
 

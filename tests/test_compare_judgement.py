@@ -129,7 +129,7 @@ def test_equal_time_compares_with_the_reference_trained_for_as_long() -> None:
     assert judged.equal_time.value == pytest.approx(-0.01 / 3)
     assert judged.step_time.value == pytest.approx(1.5)
     assert judged.sentence.startswith("more accurate than plain at equal epochs; the evidence does not decide at equal")
-    assert "50 % chance to detect a difference this small would take about" in judged.sentence
+    assert "seeds at equal training time would give a 50 % chance to detect a difference this small." in judged.sentence
     assert "seeds at equal epochs" not in judged.sentence
 
 

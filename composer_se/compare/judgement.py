@@ -141,7 +141,8 @@ def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
             needed.append(f"{'over 10,000' if count is None else f'about {count:,}'} seeds {where}")
     if not needed:
         return ""
-    return f" A 50 % chance to detect a difference this small would take {' and '.join(needed)}."
+    seeds_wanted = " and ".join(needed)
+    return f" {seeds_wanted[0].upper()}{seeds_wanted[1:]} would give a 50 % chance to detect a difference this small."
 
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
