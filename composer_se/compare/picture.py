@@ -13,7 +13,7 @@ import numpy as np
 from composer_se.compare.arms import Comparison
 from composer_se.compare.judgement import Judgement
 from composer_se.compare.run import Findings
-from composer_se.show.pictures import BLACK, COLOURS, GREY, MARKERS, legend_above, new_figure, save, style
+from composer_se.show.pictures import BLACK, COLOURS, GREY, MARKERS, caption_below, legend_above, new_figure, style
 
 __all__ = ["draw"]
 
@@ -55,7 +55,8 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
     for axis in figure.axes:
         style(axis)
     legend_above(figure, epochs, f"{comparison.recipe}, seeds per arm: {len(judgements[0].accuracies)}")
-    save(figure, path, caption, 150)
+    caption_below(figure, caption, 150)
+    figure.savefig(path, dpi=120)
 
 
 def _curves(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
 from composer_se.measure.uncertainty import Interval
-from composer_se.show.pictures import COLOURS, GREY, legend_above, new_figure, save, style
+from composer_se.show.pictures import COLOURS, GREY, caption_below, legend_above, new_figure, style
 
 __all__ = ["draw"]
 
@@ -52,7 +52,8 @@ def draw(study: Study, path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("ratio to plain")
     legend_above(figure, axes.flat[0], f"What Squeeze-and-Excitation costs on {study.network}")
-    save(figure, path, _caption(study), 125)
+    caption_below(figure, _caption(study), 125)
+    figure.savefig(path, dpi=120)
 
 
 def _times(study: Study, kind: str, code: str) -> list[Interval]:

@@ -110,7 +110,7 @@ def gates_after_training(analysis: dict[str, Any] | None, picture: str | None) -
     rows, marked = [], []
     for layer in analysis["layers"]:
         fixed = layer["with_fixed_gates"]
-        change = f"{100 * fixed['change']:+.2f} ± {100 * fixed['standard_error']:.2f}"
+        change = f"{100 * fixed['change']:+.2f} ± {100 * fixed['change_half_width']:.2f}"
         rows.append(
             [
                 layer["name"],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from textwrap import fill
 from typing import Any
 
@@ -15,10 +14,10 @@ __all__ = [
     "COLOURS",
     "GREY",
     "MARKERS",
+    "caption_below",
     "legend_above",
     "new_figure",
     "picture_formats",
-    "save",
     "style",
 ]
 
@@ -62,17 +61,15 @@ def legend_above(figure: Any, axis: Any, title: str) -> None:
     )
 
 
-def save(figure: Figure, path: Path, caption: str, width: int) -> None:
-    """Writes a figure with a caption below it.
+def caption_below(figure: Any, text: str, width: int) -> None:
+    """Puts small print below a figure.
 
     Args:
         figure: The figure.
-        path: The file; its ending names the format.
-        caption: Plain text.
-        width: Where the caption's lines are broken, in characters.
+        text: Plain text.
+        width: Where its lines are broken, in characters.
     """
-    figure.supxlabel(fill(_literal(caption), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
-    figure.savefig(path, dpi=120)
+    figure.supxlabel(fill(_literal(text), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
 
 
 def _literal(text: str) -> str:
