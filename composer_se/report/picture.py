@@ -6,15 +6,17 @@ import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.colors import LinearSegmentedColormap
+
+from composer_se.show.pictures import COLOURS, new_figure, style
 
 __all__ = ["Series", "line_plot"]
 
 Series = tuple[Sequence[float], Sequence[float]]
 """The x and the y of the points of a line."""
 
-# Of middling lightness, so that they stand out from white as from black; with Okabe and Ito's order of hues.
-_COLOURS = ("#1f86d1", "#e0691a", "#12a17a", "#c2609f")
-_SHALLOW_TO_DEEP = ("#1f86d1", "#b565b5", "#e0691a")
+_SHALLOW_TO_DEEP = LinearSegmentedColormap.from_list("depth", [COLOURS[0], COLOURS[3], COLOURS[1]])
 _TEXT = "#010203"  # stands for the page's text colour, which only the page knows
 _MOST_POINTS = 300
 _MOST_NAMES = 6
@@ -32,24 +34,17 @@ def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth
     Returns:
         An SVG element.
     """
-    from matplotlib import rc_context
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.figure import Figure
-
-    depth = LinearSegmentedColormap.from_list("depth", _SHALLOW_TO_DEEP)
-    figure = Figure(figsize=(4.6, 2.9))
-    figure.set_layout_engine("constrained")
+    figure = new_figure(4.6, 2.9)
     axis = figure.subplots()
     for i, (label, (x, y)) in enumerate(lines.items()):
-        colour = depth(i / max(1, len(lines) - 1)) if by_depth else _COLOURS[i % len(_COLOURS)]
+        colour = _SHALLOW_TO_DEEP(i / max(1, len(lines) - 1)) if by_depth else COLOURS[i % len(COLOURS)]
         marker = "o" if len(x) <= 30 and not by_depth else None
         axis.plot(*_thinned(x, y), label=label, color=colour, linewidth=1.4, marker=marker, markersize=3)
     axis.set_title(title, fontsize=11, color=_TEXT)
     axis.set_xlabel("batch", color=_TEXT)
     axis.set_ylabel(y_label, color=_TEXT)
     axis.tick_params(colors=_TEXT)
-    axis.grid(color="#808080", alpha=0.25, linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
+    style(axis)
     axis.spines[["left", "bottom"]].set_color(_TEXT)
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > _MOST_NAMES:
