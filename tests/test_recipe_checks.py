@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from composer_se.commands.train import run_recipe
 from composer_se.errors import UserError
-from composer_se.recipe.fit import check_network_takes
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.run import run_recipe
-from composer_se.recipe.run_plan import make_plan
-from composer_se.recipe.schema import TRAINER_KEYS, Recipe
+from composer_se.recipe.schema import Recipe, keys
+from composer_se.recipe.trainer import try_network
+from composer_se.recipe.validate import make_plan
 from composer_se.train import main
 
 GOOD = """
@@ -151,7 +151,7 @@ def test_trying_a_network_on_an_image_leaves_every_module_in_its_mode() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.Sequential(nn.ReLU()))
     for image in (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)):
         with contextlib.suppress(UserError):
-            check_network_takes(network, image, "network")
+            try_network(network, image, "network")
         assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
@@ -209,5 +209,5 @@ def test_keys_for_the_trainer_are_its_own() -> None:
 
     parameters = inspect.signature(Trainer.__init__).parameters
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(TRAINER_KEYS) <= set(parameters)
-    assert set(TRAINER_KEYS) <= fields
+    assert set(keys("trainer")) <= set(parameters)
+    assert set(keys("trainer")) <= fields

@@ -13,9 +13,8 @@ from composer.algorithms import RandAugmentTransform
 from composer.utils.misc import add_vision_dataset_transform
 from torchvision.transforms import ToTensor
 
-from composer_se.recipe.augmentation import SeededImages
-from composer_se.recipe.dataloaders import build_dataloader
-from composer_se.recipe.datasets import cifar10, digits, fashion_mnist, imagenet, synthetic
+from composer_se.recipe.data import cifar10, digits, fashion_mnist, imagenet, synthetic
+from composer_se.recipe.loaders import SeededImages
 
 
 def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
@@ -30,7 +29,7 @@ def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
 
 
 def batches(num_workers: int, epoch: int, seed: int = 1) -> list[torch.Tensor]:
-    loader = build_dataloader(digits(train=True), 64, seed, True, num_workers, pin_memory=False)
+    loader = digits(train=True).loader(64, seed, True, num_workers, pin_memory=False)
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     return [images for (images, _), _ in zip(loader, range(3), strict=False)]
 
@@ -135,7 +134,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
     streaming = pytest.importorskip("streaming")
     from PIL import Image
 
-    from composer_se.recipe.streaming_data import streaming as streamed
+    from composer_se.recipe.data import streaming as streamed
 
     rng = np.random.default_rng(0)
     with streaming.MDSWriter(out=str(tmp_path / "train"), columns={"x": "jpeg", "y": "int"}) as writer:
@@ -143,7 +142,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
             pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
             writer.write({"x": Image.fromarray(pixels), "y": label})
     data = streamed(train=True, local=str(tmp_path), split="train", image_size=16, num_canonical_nodes=1)
-    loader = build_dataloader(data, 8, 1, True, 0, pin_memory=False)
+    loader = data.loader(8, 1, True, 0, pin_memory=False)
     epochs = [[(images, labels) for images, labels in loader] for _ in range(2)]
     assert sorted(torch.cat([labels for _, labels in epochs[0]]).tolist()) == list(range(16))
     assert epochs[0][0][0].shape == (8, 3, 16, 16)

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_se import launch
 from composer_se.commands.surgery_log import surgery_logged_from
+from composer_se.commands.train import add_recipe_arguments, write_run_report
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,13 +28,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `composer-se compare`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key for all arms, such as max_duration=5ep; before the options",
-    )
+    add_recipe_arguments(parser, "a key for all arms, such as max_duration=5ep")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -64,20 +60,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An argument or an arm's recipe is wrong: nothing was written. Or a file can't be written.
     """
-    from composer_se.recipe import ranks
-
     comparison = _comparison(args)
-    ranks.share_cores()  # before torch is imported
+    launch.share_cores()  # before torch is imported
 
     from composer_se.compare.study import check
-    from composer_se.recipe.interruption import exit_code_of
-    from composer_se.recipe.run import log_on_terminal
+    from composer_se.recipe.run import exit_code_of
 
     check(comparison)
-    with log_on_terminal(), surgery_logged_from(logging.WARNING):
+    with launch.log_on_terminal(), surgery_logged_from(logging.WARNING):
         code = exit_code_of(lambda: _pursue(comparison), comparison.folder)
     if code:
-        ranks.say("\ncomposer-se compare: stopped; the same command continues")
+        launch.leave_interrupted("\ncomposer-se compare: stopped; the same command continues")
     return code
 
 
@@ -130,7 +123,7 @@ def _write(comparison: Comparison, findings: Findings) -> None:
     from composer_se.compare.judgement import judge
     from composer_se.compare.picture import draw
     from composer_se.compare.tables import as_json, as_markdown, conditions
-    from composer_se.recipe.failed_writes import replace_file, writing
+    from composer_se.files import replace_file, writing
 
     judgements = judge(comparison, findings)
     replace_file(comparison.folder / "results.json", as_json(comparison, findings, judgements))
@@ -138,14 +131,15 @@ def _write(comparison: Comparison, findings: Findings) -> None:
     picture = comparison.folder / "comparison.png"
     with writing(picture):
         draw(comparison, findings, judgements, conditions(comparison, findings), picture)
+    for summary in comparison.folder.glob("runs/*/summary.json"):
+        if not (summary.parent / "report.html").exists():
+            write_run_report(summary.parent)
 
 
 @contextlib.contextmanager
 def _progress_bar() -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from composer_se.recipe import ranks
 
     console = Console(stderr=True)
     columns = (
@@ -155,7 +149,7 @@ def _progress_bar() -> Iterator[Progress]:
         TaskProgressColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, transient=True, disable=not ranks.is_local_rank_zero()) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not launch.is_local_rank_zero()) as bar:
         task = bar.add_task("starting", total=None)
         current = ""
 
@@ -164,7 +158,7 @@ def _progress_bar() -> Iterator[Progress]:
             if what != current:
                 current = what
                 bar.reset(task)
-                if not console.is_terminal and ranks.is_local_rank_zero():
+                if not console.is_terminal and launch.is_local_rank_zero():
                     print(what, file=console.file, flush=True)
             bar.update(task, description=what, completed=done, total=total)
 

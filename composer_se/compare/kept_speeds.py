@@ -12,18 +12,14 @@ import torch
 from composer.utils import dist
 
 from composer_se.compare.outcomes import read_json
-from composer_se.compare.speed import OPTIONS, ROUNDS, Speed, measure_speeds
+from composer_se.compare.speed import ROUNDS, Speed, measure_speeds
 from composer_se.cost.machine import Machine, describe_machine
 from composer_se.errors import UserError
-from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.failed_writes import replace_file
-from composer_se.recipe.schema import Recipe
+from composer_se.files import replace_file
+from composer_se.recipe.distributed import from_rank_zero
+from composer_se.recipe.schema import Recipe, keys
 
 __all__ = ["read_or_measure_speeds"]
-
-# Of a recipe, beside the Trainer's options, what a step's time depends on.
-_SECTIONS = ("model", "train_dataset", "train_batch_size", "optimizer", "scheduler", "algorithms")
-_NO_MATTER = ("seed", "dist_timeout")
 
 
 def read_or_measure_speeds(
@@ -107,7 +103,7 @@ def _rescaled(speed: Speed, reference_now: Speed, reference_before: Speed) -> Sp
 
 
 def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
-    content = {key: getattr(recipe, key) for key in (*_SECTIONS, *OPTIONS) if key not in _NO_MATTER}
+    content = {key: getattr(recipe, key) for key in keys("speed")}
     content["train_dataset"] = {key: value for key, value in recipe.train_dataset.items() if key != "root"}
     return json.loads(json.dumps(content, default=str))
 
