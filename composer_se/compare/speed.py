@@ -135,7 +135,6 @@ def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
     trainer = make_trainer(
         plan,
         parts,
-        schedulers=plan.scheduler.build() if plan.scheduler else None,
         callbacks=[stopwatch],
         progress_bar=False,
         spin_dataloaders=False,  # would load a batch of every epoch that the turn skips

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.core import Callback, State
+from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor, nn
 
@@ -175,8 +175,10 @@ def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
     )
 
 
-class LoadedWeights(Callback):
-    """Loads a state dict once the algorithms have changed the network, and before the network is distributed.
+class LoadedWeights(Algorithm):
+    """Loads a state dict once the other algorithms have changed the network, and before the network is distributed.
+
+    An algorithm, since Composer's callbacks have their turn before the network is changed or after it is distributed.
 
     Args:
         weights: The state dict of the network, from before its layers were replaced or after.
@@ -194,8 +196,12 @@ class LoadedWeights(Callback):
         self.strict = strict
         self.ignored = ignored
 
-    def init(self, state: State, logger: Logger) -> None:
-        """Right after the algorithms' turn at the same event."""
+    def match(self, event: Event, state: State) -> bool:
+        """When the Trainer is made."""
+        return event is Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Loads."""
         network: Any = state.model
         module: nn.Module = network.module
         kept = {
@@ -211,9 +217,8 @@ class LoadedWeights(Callback):
             ) from error
         if self.strict and (missing or unexpected):
             raise UserError(
-                f"load_path: {self.path}: lacks {len(missing)} weights of the network ({', '.join(missing[:3])}, ...) "
-                f"and holds {len(unexpected)} that it has not ({', '.join(unexpected[:3])}, ...); "
-                "load_strict_model_weights=false loads what fits"
+                f"load_path: {self.path}: lacks {len(missing)} of the network's weights and holds {len(unexpected)} "
+                f"others ({', '.join([*missing, *unexpected][:3])}, …); load_strict_model_weights=false loads what fits"
             )
-        if len(missing) == len(module.state_dict()):
+        if len(unexpected) == len(kept):
             raise UserError(f"load_path: {self.path}: holds none of the network's weights")

@@ -14,7 +14,7 @@ from composer.utils import dist
 from rich.console import Console
 from rich.table import Table
 
-from composer_se.errors import UserError
+from composer_se.errors import UserError, one_line
 from composer_se.launch import say
 from composer_se.recipe.checkpoints import (
     LoadedWeights,
@@ -152,7 +152,6 @@ def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
 def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tuple[Trainer, MetricsFile]:
     own_callbacks = [component.build() for component in plan.callbacks]
     loggers = [component.build() for component in plan.loggers]
-    schedulers = plan.scheduler.build() if plan.scheduler else None
     weights = read_plain_weights(recipe.load_path)
     parts = build_parts(recipe, plan)
 
@@ -160,9 +159,10 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
+    loading = []
     if weights is not None:
-        path, strict, ignored = recipe.load_path, recipe.load_strict_model_weights, recipe.load_ignore_keys
-        own_callbacks.append(LoadedWeights(weights, str(path), strict, ignored or ()))
+        strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
+        loading = [LoadedWeights(weights, str(recipe.load_path), strict, ignored)]
         options["load_path"] = None
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
@@ -170,17 +170,23 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
         trainer = make_trainer(
             plan,
             parts,
+            loading,
             eval_dataloader=parts.eval_loader,
-            schedulers=schedulers,
             callbacks=[*own_callbacks, *callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
             autoresume=True,
             save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
             **options,
         )
-    except UserError:
-        if dist.get_global_rank() == 0:
+    except (UserError, RuntimeError) as error:
+        misfit = recipe.load_path and "loading state_dict" in str(error)  # a checkpoint of another network
+        if dist.get_global_rank() == 0 and (misfit or isinstance(error, UserError)):
             _remove(new_folders)
+        if misfit and not isinstance(error, UserError):
+            raise UserError(
+                f"load_path: {recipe.load_path}: {one_line(error)[:300]} …; load_strict_model_weights=false loads what "
+                "fits, load_ignore_keys=[...] leaves weights out"
+            ) from error
         raise
     if dist.get_global_rank() == 0:
         write_recipe(recipe)

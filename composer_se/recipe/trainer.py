@@ -7,13 +7,13 @@ import functools
 import gc
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import composer
 import torch
-from composer.core import Algorithm, Engine, Event
+from composer.core import Algorithm, Engine, Event, State
 from composer.models import ComposerClassifier
 from composer.utils import dist, reproducibility
 from torch import Tensor, nn
@@ -127,12 +127,13 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
     return outputs.shape[1]
 
 
-def make_trainer(plan: RunPlan, parts: Parts, **options: Any) -> composer.Trainer:
-    """Puts the parts of a run into a Trainer, with the algorithms of its recipe.
+def make_trainer(plan: RunPlan, parts: Parts, more: Sequence[Algorithm] = (), **options: Any) -> composer.Trainer:
+    """Puts the parts of a run into a Trainer, with the algorithms and the scheduler of its recipe.
 
     Args:
         plan: The run's.
         parts: What it trains.
+        more: Algorithms to apply behind those of the recipe.
         **options: The Trainer's other arguments.
 
     Raises:
@@ -142,7 +143,8 @@ def make_trainer(plan: RunPlan, parts: Parts, **options: Any) -> composer.Traine
         model=ComposerClassifier(parts.network, num_classes=parts.num_classes),
         train_dataloader=parts.train_loader,
         optimizers=parts.optimizer,
-        algorithms=[_build_algorithm(component) for component in plan.algorithms],
+        schedulers=_build_scheduler(plan.scheduler) if plan.scheduler and parts.optimizer else None,
+        algorithms=[*map(_build_algorithm, plan.algorithms), *more],
         **options,
     )
 
@@ -188,6 +190,19 @@ def _build_algorithm(component: Component) -> Algorithm:
 
     algorithm.apply = named_apply
     return algorithm
+
+
+def _build_scheduler(component: Component) -> Callable[..., float]:
+    """A scheduler whose complaint about the duration names its key."""
+    scheduler = component.build()
+
+    def named_scheduler(state: State, ssr: float = 1.0) -> float:
+        try:
+            return scheduler(state, ssr)
+        except ValueError as error:
+            raise UserError(f"{component.path}: {one_line(error)}") from error
+
+    return named_scheduler
 
 
 def count_outputs(network: nn.Module, plan: RunPlan, split: Split) -> int:
