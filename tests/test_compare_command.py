@@ -26,9 +26,9 @@ from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
 from composer_se.compare.run import check
 from composer_se.errors import UserError
-from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train
-from composer_se.recipe.run_plan import make_plan
+from composer_se.recipe.trainer import build_parts
+from composer_se.recipe.validate import make_plan
 
 # Digits at their smallest: 5 batches of 16 images per epoch.
 TINY = ("model.name=cifar_resnet8", "train_batch_size=16", "train_subset_num_batches=5", "max_duration=2ep")
@@ -294,11 +294,20 @@ def test_a_wrong_argument_is_named_in_one_line_and_nothing_is_written(arguments,
     assert not Path("out").exists()
 
 
-def test_an_override_behind_the_options_is_told_its_place(capsys) -> None:
+def test_overrides_may_stand_anywhere_among_the_options() -> None:
+    from composer_se.cli import make_parser, parse
+
+    words = ["compare", "digits", "seed=1", "--seeds", "3", "max_duration=2ep", "--out", "out", "model.num_classes=3"]
+    args = parse(make_parser(), [*words, "--arm", "a", "seed=4", "--arm", "b", "seed=5"])
+    assert (args.recipe, args.seeds) == ("digits", 3)
+    assert args.overrides == ["seed=1", "max_duration=2ep", "model.num_classes=3"]
+    assert args.arm == [["a", "seed=4"], ["b", "seed=5"]]
+
+
+def test_a_word_that_is_no_override_is_refused(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        compare("--seeds", "1", "max_duration=1ep")
-    error = capsys.readouterr().err
-    assert "unrecognized arguments: max_duration=1ep; key=value stands right behind the recipe" in error
+        compare("--seeds", "1", "max_duration")
+    assert "unrecognized arguments: max_duration" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

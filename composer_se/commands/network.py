@@ -76,7 +76,7 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 def _read_recipe(name: str) -> NamedNetwork:
     from composer_se.algorithm import SqueezeExcite
     from composer_se.recipe.arguments import check_arguments
-    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.data import image_size
     from composer_se.recipe.load import load_recipe
 
     recipe = load_recipe(name)

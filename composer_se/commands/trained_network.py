@@ -6,20 +6,18 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from composer_se.errors import UserError
+from composer_se.errors import UserError, one_line
 from composer_se.gates.observe import se_blocks
-from composer_se.recipe.build import num_classes
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.messages import one_line
-from composer_se.recipe.run_plan import RunPlan, make_plan
-
-if TYPE_CHECKING:
-    from composer_se.recipe.schema import Recipe
+from composer_se.recipe.loaders import Split
+from composer_se.recipe.schema import Recipe
+from composer_se.recipe.trainer import Parts, build_loader, count_outputs, end_trainer, make_trainer
+from composer_se.recipe.validate import RunPlan, make_plan
 
 __all__ = ["Trained", "load_trained"]
 
@@ -66,12 +64,14 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     checkpoint = source if source.is_file() else _last_checkpoint(source, loaded)
     recipe = _for_analysis(loaded, data)
     plan = make_plan(recipe)
-    network = _load(plan, checkpoint, device)
+    assert plan.eval_data is not None
+    split: Split = plan.eval_data.images.build(train=False)
+    network = _load(plan, split, checkpoint, device)
     if not se_blocks(network):
         raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")
-    loader, classes = _held_out(recipe, plan)
+    loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, False)
     name = loaded.run_name if source.is_dir() else source.stem
-    return Trained(name, network, loader, recipe.train_dataset["name"], classes, checkpoint, run_folder)
+    return Trained(name, network, loader, recipe.train_dataset["name"], split.classes, checkpoint, run_folder)
 
 
 def _run_folder(source: Path) -> Path | None:
@@ -119,18 +119,14 @@ def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
     )
 
 
-def _load(plan: RunPlan, checkpoint: Path, device: torch.device) -> nn.Module:
-    from composer import Trainer
-    from composer.models import ComposerClassifier
-
-    from composer_se.recipe.end_trainer import end_trainer
-
+def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -> nn.Module:
     network = plan.model.build()
+    parts = Parts(network, count_outputs(network, plan, split))
     try:
         # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
-        trainer = Trainer(
-            model=ComposerClassifier(network, num_classes=num_classes(network, plan)),
-            algorithms=[component.build() for component in plan.algorithms],
+        trainer = make_trainer(
+            plan,
+            parts,
             load_path=str(checkpoint),
             load_weights_only=True,
             load_strict_model_weights=True,
@@ -142,22 +138,3 @@ def _load(plan: RunPlan, checkpoint: Path, device: torch.device) -> nn.Module:
     loaded: Any = trainer.state.model
     end_trainer(trainer)
     return loaded.module.to(device).eval()
-
-
-def _held_out(recipe: Recipe, plan: RunPlan) -> tuple[Iterable[Any], Sequence[str] | None]:
-    from composer_se.recipe.arguments import construct
-    from composer_se.recipe.dataloaders import build_dataloader
-
-    assert plan.eval_data is not None
-    images = plan.eval_data.images.build(train=False)
-    workers = plan.eval_data.num_workers
-    loader = construct(build_dataloader, "--data", images, recipe.eval_batch_size, recipe.seed, False, workers, False)
-    return loader, _class_names(recipe.train_dataset["name"], getattr(images, "images", None))
-
-
-def _class_names(data: str, images: Any) -> Sequence[str] | None:
-    if data == "fashion_mnist":
-        from torchvision.datasets import FashionMNIST
-
-        return FashionMNIST.classes
-    return getattr(images, "classes", None)

@@ -13,22 +13,18 @@ import torch
 from composer.utils import dist
 
 from composer_se.compare.outcomes import read_json
-from composer_se.compare.speed import OPTIONS, Speed, Turn, steps_per_turn, take_turn
+from composer_se.compare.speed import Speed, Turn, steps_per_turn, take_turn
 from composer_se.errors import UserError
+from composer_se.files import replace_file
 from composer_se.measure.machine import Machine, describe_machine
-from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.failed_writes import replace_file
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.distributed import from_rank_zero
+from composer_se.recipe.schema import Recipe, keys
 from composer_se.show.terminal import Progress
 from composer_se.show.text import to_json
 
 __all__ = ["read_or_measure_speeds"]
 
 ROUNDS = 8
-
-# Of a recipe, beside the Trainer's options, what a step's time depends on.
-_SECTIONS = ("model", "train_dataset", "train_batch_size", "optimizer", "scheduler", "algorithms")
-_NO_MATTER = ("seed", "dist_timeout")
 
 
 def read_or_measure_speeds(
@@ -127,7 +123,7 @@ def _check_same_machine(entry: dict[str, Any], recipe: Recipe, path: Path) -> No
 
 
 def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
-    content = {key: getattr(recipe, key) for key in (*_SECTIONS, *OPTIONS) if key not in _NO_MATTER}
+    content = {key: getattr(recipe, key) for key in keys("speed")}
     content["train_dataset"] = {key: value for key, value in recipe.train_dataset.items() if key != "root"}
     return json.loads(json.dumps(content, default=str))
 

@@ -18,12 +18,12 @@ from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, re
 from composer_se.compare.speed import Speed
 from composer_se.errors import UserError
 from composer_se.measure.machine import Machine
-from composer_se.recipe.agreement import from_rank_zero, join_processes
-from composer_se.recipe.end_trainer import release_memory
+from composer_se.recipe.distributed import from_rank_zero, join_processes
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run import train
-from composer_se.recipe.run_plan import make_plan
 from composer_se.recipe.schema import Recipe
+from composer_se.recipe.trainer import release_memory
+from composer_se.recipe.validate import make_plan
 from composer_se.show.terminal import Progress
 
 __all__ = ["Findings", "check", "run_comparison"]

@@ -16,40 +16,23 @@ import torch
 from composer import Callback, State, Trainer
 from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
-from composer.models import ComposerClassifier
 from torch import nn
 
 from composer_se.errors import UserError
 from composer_se.measure.steps import inference_step
 from composer_se.measure.timing import steps_per_visit, synchronize
-from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.build import Parts, algorithm_named, build_parts, num_classes
-from composer_se.recipe.end_trainer import end_trainer, release_memory
-from composer_se.recipe.run_plan import make_plan
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.distributed import from_rank_zero
+from composer_se.recipe.schema import Recipe, keys
+from composer_se.recipe.trainer import Parts, build_parts, end_trainer, make_trainer, release_memory
+from composer_se.recipe.validate import make_plan
 
-__all__ = ["OPTIONS", "Speed", "Turn", "steps_per_turn", "take_turn"]
+__all__ = ["Speed", "Turn", "steps_per_turn", "take_turn"]
 
 TURN_SECONDS = 3.0
 LEAST_STEPS, MOST_STEPS = 8, 400
 
-# Of the Trainer's options those that a step's time depends on.
-OPTIONS = (
-    "seed",
-    "max_duration",
-    "train_subset_num_batches",
-    "scale_schedule_ratio",
-    "step_schedulers_every_batch",
-    "device",
-    "precision",
-    "precision_config",
-    "device_train_microbatch_size",
-    "deterministic_mode",
-    "dist_timeout",
-    "ddp_sync_strategy",
-    "parallelism_config",
-    "compile_config",
-)
+# Of the Trainer's options those that a step's time depends on, and what a turn needs beside them.
+_OPTIONS = (*keys("trainer", "speed"), "seed", "dist_timeout")
 
 
 @dataclass(frozen=True)
@@ -120,10 +103,11 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
         trainer, parts = _build(recipe, stopwatch)
     except UserError as error:
         raise UserError(f"--arm {name}: {error}") from error
-    state = trainer.state
-    batches_per_epoch = int(state.dataloader_len or len(parts.train_loader))
+    state, loader = trainer.state, parts.train_loader
+    assert loader is not None
+    batches_per_epoch = int(state.dataloader_len or len(loader))
     # Before training: its data workers would still be fetching beside the inference, which took up to twice as long.
-    latency = _latency(parts.network, torch.as_tensor(parts.train_loader.dataset[0][0])[None], state)
+    latency = _latency(parts.network, torch.as_tensor(loader.dataset[0][0])[None], state)
     state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
     trainer.fit()
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
@@ -134,20 +118,15 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
 
 def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
     plan = make_plan(recipe)
-    algorithms = [component.build() for component in plan.algorithms]
     parts = build_parts(recipe, plan)
-    with algorithm_named(algorithms, plan):
-        trainer = Trainer(
-            model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
-            train_dataloader=parts.train_loader,
-            optimizers=parts.optimizer,
-            schedulers=plan.scheduler.build() if plan.scheduler else None,
-            algorithms=algorithms,
-            callbacks=[stopwatch],
-            progress_bar=False,
-            spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
-            **{key: getattr(recipe, key) for key in OPTIONS},
-        )
+    trainer = make_trainer(
+        plan,
+        parts,
+        callbacks=[stopwatch],
+        progress_bar=False,
+        spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
+        **{key: getattr(recipe, key) for key in _OPTIONS},
+    )
     return trainer, parts
 
 

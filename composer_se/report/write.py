@@ -93,7 +93,7 @@ def _plan(recipe: Recipe) -> Plan | None:
     from composer_se.algorithm import SqueezeExcite
     from composer_se.planning import plan
     from composer_se.recipe.arguments import check_arguments
-    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.data import image_size
     from composer_se.recipe.models import build_network
 
     options = (recipe.algorithms or {}).get("squeeze_excite")

@@ -5,20 +5,21 @@ Nothing is built here: no weights, no data, no file.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from composer_se.errors import UserError
+import torch
+from composer.core import Precision, Time, TimeUnit
+from composer.loggers import TensorboardLogger
+
+from composer_se.errors import UserError, did_you_mean
 from composer_se.recipe.arguments import check_arguments, construct
-from composer_se.recipe.datasets import dataset_builder
-from composer_se.recipe.messages import did_you_mean
+from composer_se.recipe.components import resolve
+from composer_se.recipe.data import find_dataset
 from composer_se.recipe.models import network_builder
-from composer_se.recipe.registry import resolve
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["Component", "RunPlan", "make_plan"]
@@ -85,7 +86,13 @@ def make_plan(recipe: Recipe) -> RunPlan:
         callbacks=_plan_section("callbacks", recipe.callbacks),
         loggers=_plan_section("loggers", recipe.loggers),
     )
-    _check_files(recipe)
+    _check_warmup(recipe, plan.scheduler)
+    for logger in plan.loggers:
+        if logger.target is TensorboardLogger:  # which else writes into the current folder
+            logger.arguments.setdefault("log_dir", f"{recipe.run_folder}/tensorboard")
+    path = recipe.load_path
+    if path and "://" not in path and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
+        raise UserError(f"load_path: the file {path!r} does not exist")
     return plan
 
 
@@ -95,21 +102,20 @@ def _plan_model(section: dict[str, Any]) -> Component:
 
 
 def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
-    builder = dataset_builder(section["name"], f"{path}.name")
-    loader = check_arguments(_loader_arguments, {k: v for k, v in section.items() if k in _LOADER_KEYS}, path)
-    arguments = _without(section, "name", *_LOADER_KEYS)
-    checked = check_arguments(builder, arguments, path, supplied=("train",))
-    num_workers = loader.get("num_workers")
+    dataset = find_dataset(section["name"], f"{path}.name")
+    loading = {key: value for key, value in section.items() if key == "num_workers"}
+    num_workers = check_arguments(_loader_arguments, loading, path).get("num_workers")
     if num_workers is not None and num_workers < 0:
         raise UserError(f"{path}.num_workers: expected 0 or more, got {num_workers}")
-    return DataPlan(Component(path, builder, checked), num_workers)
+    arguments = check_arguments(dataset.open, _without(section, "name", "num_workers"), path, supplied=("train",))
+    fault = dataset.find_fault(path == "train_dataset", arguments)
+    if fault:
+        raise UserError(f"{path}.{fault[0]}: {fault[1]}")
+    return DataPlan(Component(path, dataset.open, arguments), num_workers)
 
 
 def _loader_arguments(num_workers: int | None = None) -> None:
     """The signature of what every data set takes beside its own arguments."""
-
-
-_LOADER_KEYS = ("num_workers",)
 
 
 def _plan_named(section: str, content: dict[str, Any], supplied: tuple[str, ...] = ()) -> Component:
@@ -146,9 +152,6 @@ def _check_batch_sizes(recipe: Recipe) -> None:
 
 
 def _check_machine(recipe: Recipe) -> None:
-    import torch
-    from composer.core import Precision
-
     devices = ("cpu", "gpu", "mps", "tpu")
     if recipe.device not in (None, *devices):
         raise UserError(f"device: unknown device {recipe.device!r}{did_you_mean(str(recipe.device), devices)}")
@@ -176,8 +179,6 @@ def _check_machine(recipe: Recipe) -> None:
 
 
 def _check_durations(recipe: Recipe) -> None:
-    from composer.core import Time, TimeUnit
-
     for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
         value = getattr(recipe, key)
         try:
@@ -201,20 +202,20 @@ def _check_numbers(recipe: Recipe) -> None:
         raise UserError("scale_schedule_ratio: there is no scheduler to scale; add one, or change max_duration instead")
 
 
-def _check_files(recipe: Recipe) -> None:
-    for path in ("train_dataset", "eval_dataset"):
-        section = getattr(recipe, path)
-        if section and section["name"] == "imagenet":
-            folder = Path(str(section.get("root", "imagenet"))) / ("train" if path == "train_dataset" else "val")
-            if not os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-                raise UserError(
-                    f"{path}.root: the folder {str(folder)!r} does not exist; "
-                    "it should hold one folder of images per class"
-                )
-        if section and section["name"] == "streaming" and importlib.util.find_spec("streaming") is None:
-            raise UserError(
-                f"{path}.name: streaming needs mosaicml-streaming; install it with pip install 'composer-se[streaming]'"
-            )
-    path = recipe.load_path
-    if path and "://" not in path and not os.path.exists(path):  # noqa: PTH110 - as above
-        raise UserError(f"load_path: the file {path!r} does not exist")
+def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
+    """A warm-up ends and a schedule ends: Composer compares the two, and can't compare epochs with samples."""
+    if scheduler is None or "t_warmup" not in scheduler.arguments:
+        return
+    warmup, end = scheduler.arguments["t_warmup"], scheduler.arguments.get("t_max", "1dur")
+    try:
+        begins, ends, lasts = (
+            Time.from_input(time, TimeUnit.EPOCH).unit for time in (warmup, end, recipe.max_duration)
+        )
+    except (ValueError, RuntimeError, TypeError, OverflowError):
+        return  # the scheduler says so when it is built
+    ends = lasts if ends is TimeUnit.DURATION else ends
+    if begins is not TimeUnit.DURATION and (begins is TimeUnit.SAMPLE) != (ends is TimeUnit.SAMPLE):
+        raise UserError(
+            f"scheduler.t_warmup: {warmup!r} can't be compared with max_duration={recipe.max_duration}; give it "
+            "in the same unit, or as a share of the whole (0.1dur)"
+        )

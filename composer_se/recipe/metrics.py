@@ -12,7 +12,7 @@ from composer.core import State
 from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 
-from composer_se.recipe.failed_writes import replace_file, writing
+from composer_se.files import replace_file, writing
 
 __all__ = ["MetricsFile"]
 

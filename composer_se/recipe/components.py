@@ -9,8 +9,7 @@ import re
 from collections.abc import Iterable
 from types import ModuleType
 
-from composer_se.errors import UserError
-from composer_se.recipe.messages import did_you_mean
+from composer_se.errors import UserError, did_you_mean
 
 __all__ = ["components", "resolve"]
 
@@ -78,7 +77,8 @@ def resolve(section: str, name: str, path: str) -> type:
     wanted = _squash(name)
     if wanted not in by_spelling:
         singular = section.removesuffix("s")
-        raise UserError(f"{path}: unknown {singular} {name!r}{did_you_mean(name, known)}")
+        hint = "; every number is in RUN_FOLDER/metrics.jsonl without any logger" if section == "loggers" else ""
+        raise UserError(f"{path}: unknown {singular} {name!r}{did_you_mean(name, known)}{hint}")
     return by_spelling[wanted]
 
 

@@ -1,13 +1,28 @@
-"""What one process of a launch settles before anything heavy is imported: who speaks, and its share of the cores."""
+"""One process of a launch, before anything heavy is imported: who speaks, and its share of the cores.
+
+Imports nothing but the standard library, so that a command can refuse wrong input at once.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
+from collections.abc import Iterator
 
-__all__ = ["available_cores", "is_local_rank_zero", "leave_together", "say", "share_cores"]
+__all__ = [
+    "available_cores",
+    "is_local_rank_zero",
+    "leave_interrupted",
+    "leave_together",
+    "log_on_terminal",
+    "say",
+    "share_cores",
+]
 
 # Long enough for the slowest process to get as far as the fastest.
 _PATIENCE_SECONDS = 30.0
@@ -36,6 +51,39 @@ def leave_together(message: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(_PATIENCE_SECONDS)
     print(message, file=sys.stderr, flush=True)
+
+
+def leave_interrupted(message: str) -> None:
+    """Says how an interrupted command goes on. A process whose output the user doesn't see ends here.
+
+    It ends by the signal, not with an exit code: for a code the launcher would print all that the process ever said.
+    """
+    if not is_local_rank_zero():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    say(message)
+
+
+@contextlib.contextmanager
+def log_on_terminal() -> Iterator[None]:
+    """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
+    log = logging.getLogger("composer_se")
+    level, propagate = log.level, log.propagate
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO if is_local_rank_zero() else logging.WARNING)
+    # Composer says this of every evaluation set whose last batch is not full.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+    # And this of label smoothing, whose targets add up to one but for rounding.
+    warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
 
 
 def available_cores() -> int:
