@@ -35,13 +35,13 @@ check: $(VENV)/dev.stamp ## formatting, lint and types
 
 cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
-	    --instances 4 --repeats 3 --json docs/cost-resnet50-against-composer.json
+	    --instances 4 --repeats 3 --json docs/results/cost-resnet50-against-composer.json
 	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 2 \
-	    --json docs/cost-resnet50.json --plot docs/cost-resnet50.svg
+	    --json docs/results/cost-resnet50.json --plot docs/cost-resnet50.svg
 	$(BIN)/python docs/update_readme.py
 
-study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/study: hours from nothing
-	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/study --arm 'no SE' $(NO_SE) --arm 'SE' \
+study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/results/study: hours from nothing
+	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/results/study --arm 'no SE' $(NO_SE) --arm 'SE' \
 	    --arm 'SE on all convs' $(ALL_CONVS) \
 	    --arm 'built-in on all convs' $(NO_SE) \
 	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}' \
@@ -52,11 +52,11 @@ study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in doc
 # One thread for training, so that the loader's one worker has a core for itself.
 claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
 	OMP_NUM_THREADS=1 $(COMPARE) digits model.name=cifar_resnet8 train_dataset.num_workers=1 --seeds 0 \
-	    --out docs/claims/randaugment-data-bound $(RANDAUGMENT_ARMS)
+	    --out docs/results/claims/randaugment-data-bound $(RANDAUGMENT_ARMS)
 	OMP_NUM_THREADS=1 $(COMPARE) digits train_dataset.num_workers=1 --seeds 0 \
-	    --out docs/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
-	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/claims/selective-backprop-speed $(SELECTIVE_ARMS)
-	$(COMPARE) digits --seeds 5 --out docs/claims/selective-backprop $(SELECTIVE_ARMS)
+	    --out docs/results/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
+	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/results/claims/selective-backprop-speed $(SELECTIVE_ARMS)
+	$(COMPARE) digits --seeds 5 --out docs/results/claims/selective-backprop $(SELECTIVE_ARMS)
 	$(BIN)/python docs/update_readme.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

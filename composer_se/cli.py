@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from composer_se import launch
 from composer_se.errors import UserError
-from composer_se.recipe import ranks
 
-__all__ = ["main", "make_parser"]
+__all__ = ["exit_code", "main", "make_parser", "parse"]
 
 COMMANDS = {
     "train": "train a recipe in this process",
@@ -32,6 +32,35 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line on which overrides of a recipe may stand anywhere among the options.
+
+    argparse takes only those right behind the recipe, and those behind `--arm NAME` for the arm's.
+    """
+    args, rest = parser.parse_known_args(argv)
+    if "overrides" in args:
+        args.overrides = [*args.overrides, *(word for word in rest if "=" in word and not word.startswith("-"))]
+        rest = [word for word in rest if "=" not in word or word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
+    """Runs a command: its exit code, or 2 with one line on stderr when the user's input was wrong.
+
+    Args:
+        run: The command.
+        args: Its parsed arguments.
+        name: What to call it in that line.
+    """
+    try:
+        return run(args)
+    except UserError as error:
+        launch.leave_together(f"{name}: error: {error}")
+        return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand.
 
@@ -41,17 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
     """
-    parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        misplaced = "overrides" in args and "=" in unknown[0]
-        hint = "; key=value stands right behind the recipe, before the options" if misplaced else ""
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-    try:
-        return importlib.import_module(f"composer_se.commands.{args.command}").run(args)
-    except UserError as error:
-        ranks.leave_together(f"composer-se {args.command}: error: {error}")
-        return 2
+    args = parse(make_parser(), argv)
+    command = importlib.import_module(f"composer_se.commands.{args.command}")
+    return exit_code(command.run, args, f"composer-se {args.command}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""The error whose one line is all the user needs."""
+"""The error whose one line is all the user needs, and the wording that such lines share."""
 
 from __future__ import annotations
 
-__all__ = ["UserError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = ["UserError", "did_you_mean", "one_line"]
 
 
 class UserError(Exception):
@@ -13,4 +16,34 @@ class UserError(Exception):
     """
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())
+        text = super().__str__()
+        if text.startswith("Caught UserError in DataLoader worker"):  # torch puts the worker's traceback before it
+            text = text.rpartition("UserError: ")[2]
+        return " ".join(text.splitlines())
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Says which valid name is nearest, and all of them when there are few.
+
+    Args:
+        name: What the user wrote.
+        valid: The names that would have been accepted.
+
+    Returns:
+        The end of a sentence, such as `"; did you mean 'momentum'?"`.
+    """
+    names = sorted(valid)
+    if not names:
+        return "; it takes none"
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    if nearest:
+        return f"; did you mean {nearest[0]!r}?"
+    if len(names) <= 20:
+        return f"; valid names are {', '.join(names)}"
+    loosest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; the nearest of {len(names)} valid names is {loosest[0]!r}"
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error with its line breaks and indentation folded into single spaces."""
+    return " ".join(str(error).split())

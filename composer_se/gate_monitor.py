@@ -15,7 +15,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from composer_se.gate_statistics import GateStatistics, describe, gate_sums, observe_logits, se_blocks, sums_size
+from composer_se.gates.observe import GateStatistics, describe, gate_sums, observe_logits, se_blocks, sums_size
 from composer_se.modules import SqueezeExcite2d
 
 __all__ = ["GateMonitor"]
@@ -31,7 +31,7 @@ class GateMonitor(Callback):
     """Logs statistics of the gates of every Squeeze-and-Excitation layer.
 
     Of one training batch per interval, all processes and microbatches together, it logs to every logger of the run, for
-    each layer by the name of its conv (`composer_se.gate_statistics.GateStatistics` says more):
+    each layer by the name of its conv (`composer_se.gates.observe.GateStatistics` says more):
 
     * ``gates/mean/LAYER``
     * ``gates/std_over_samples/LAYER``: how far a channel's gate varies with the image;

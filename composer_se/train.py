@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from composer_se import cli
 from composer_se.commands import train as command
-from composer_se.errors import UserError
-from composer_se.recipe import ranks
 
 __all__ = ["main"]
 
@@ -24,12 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="composer -m composer_se.train", description=command.__doc__)
     command.add_arguments(parser)
-    args = parser.parse_args(argv)
-    try:
-        return command.run(args)
-    except UserError as error:
-        ranks.leave_together(f"composer_se.train: error: {error}")
-        return 2
+    return cli.exit_code(command.run, cli.parse(parser, argv), "composer_se.train")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import get_model
 
 from composer_se import GateMonitor, SqueezeExcite
-from composer_se.gate_statistics import se_blocks
+from composer_se.gates.observe import se_blocks
 
 
 class OperatorCounter(TorchDispatchMode):

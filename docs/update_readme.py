@@ -10,15 +10,14 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from composer_se.compare.statistics import mean_difference, ratio_of_means
-from composer_se.cost.machine import Machine
-from composer_se.cost.statistics import Ratio
+from composer_se.measure.machine import Machine
+from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
-RESULTS = DOCS / "cost-resnet50-against-composer.json"
+RESULTS = DOCS / "results"
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
-CLAIMS = (  # folder below claims/, the algorithm beside SE, what the row is called
+CLAIMS = (  # folder below results/claims/, the algorithm beside SE, what the row is called
     ("randaugment-data-bound", "RandAugment", "RandAugment, digits, ResNet-8: loader slower than network"),
     ("randaugment-compute-bound", "RandAugment", "RandAugment, digits, ResNet-20: network slower than loader"),
     ("selective-backprop-speed", "SelectiveBackprop", "SelectiveBackprop, Fashion-MNIST, ResNet-8"),
@@ -74,26 +73,29 @@ def _row(row: dict[str, Any]) -> str:
 
 
 def _ratio(ratio: dict[str, Any]) -> str:
-    values: dict[str, Any] = {field.name: ratio[field.name] for field in fields(Ratio)}
+    values: dict[str, Any] = {field.name: ratio[field.name] for field in fields(Interval)}
     values |= {name: math.nan for name, value in values.items() if value is None}  # JSON knows no NaN
-    return str(Ratio(**values))
+    return str(Interval(**values))
 
 
 def with_tables(readme: str) -> str:
     """The README with its tables renewed."""
-    readme = _replaced(readme, "cost", cost_table(json.loads(RESULTS.read_text())))
+    readme = _replaced(
+        readme, "cost", cost_table(json.loads((RESULTS / "cost-resnet50-against-composer.json").read_text()))
+    )
     # Its headings would stand beside the README's own.
     tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
     rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
     readme = _replaced(readme, "compatibility", rows.strip())
-    readme = _replaced(readme, "study", study_table((DOCS / "study" / "results.md").read_text()))
-    return _replaced(readme, "claims", claims_table(DOCS / "claims"))
+    readme = _replaced(readme, "study", study_table((RESULTS / "study" / "results.md").read_text()))
+    return _replaced(readme, "claims", claims_table(RESULTS / "claims"))
 
 
 def study_table(report: str) -> str:
     """The table of a comparison's report, what it decides, and the conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
-    decided = [line for line in re.findall(r"^- .*\n", report, re.MULTILINE) if ", at equal latency: " not in line]
+    sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
+    decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
     return f"{table}\n{''.join(decided)}\n{conditions}"
 
@@ -112,7 +114,7 @@ def claims_table(folder: Path) -> str:
         steps = {arm: entry["speed"]["step"] for arm, entry in kept.items()}
         pairs = [("SE", "no SE"), (other, "no SE"), (f"SE and {other}", "no SE"), (f"SE and {other}", other)]
         ratios = [ratio_of_means(steps[ours], steps[theirs]) for ours, theirs in pairs]
-        rows.append(f"| {title} ({where}) | " + " | ".join(f"{r.value:.2f} ±{r.half_width:.2f}" for r in ratios) + " |")
+        rows.append(f"| {title} ({where}) | " + " | ".join(ratio.with_spread() for ratio in ratios) + " |")
     runs = json.loads((folder / "selective-backprop" / "results.json").read_text())["runs"]
     accuracies = {arm: [100 * run["accuracies"][-1][1] for run in of_arm] for arm, of_arm in runs.items()}
     gain = mean_difference(accuracies["SE and SelectiveBackprop"], accuracies["SelectiveBackprop"])
@@ -123,7 +125,7 @@ def claims_table(folder: Path) -> str:
             "Accuracy of the last row, %: "
             + "; ".join(f"{arm} {mean(values):.2f} ±{stdev(values):.2f}" for arm, values in accuracies.items())
             + f". SE beside SelectiveBackprop: {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] points over "
-            f"{gain.count} seeds.",
+            f"{len(accuracies['SE'])} seeds.",
             "",
             f"SE on all convs; {machine.cpu}, {machine.cpus} CPUs; torch {machine.torch}; {machine.system}.",
         ]

@@ -24,11 +24,11 @@ from composer_se.cli import main
 from composer_se.compare import kept_speeds, speed
 from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
-from composer_se.compare.study import check
+from composer_se.compare.run import check
 from composer_se.errors import UserError
-from composer_se.recipe.build import build_parts
 from composer_se.recipe.run import train
-from composer_se.recipe.run_plan import make_plan
+from composer_se.recipe.trainer import build_parts
+from composer_se.recipe.validate import make_plan
 
 # Digits at their smallest: 5 batches of 16 images per epoch.
 TINY = ("model.name=cifar_resnet8", "train_batch_size=16", "train_subset_num_batches=5", "max_duration=2ep")
@@ -77,6 +77,40 @@ def test_no_seeds_measure_speeds_and_train_nothing(capsys) -> None:
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     assert "with SE" in printed
     assert [path.name for path in Path("out").iterdir()] == ["speeds.json"]
+
+
+def test_speeds_are_kept_round_by_round_and_measured_on_from_there(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    take_turn = kept_speeds.take_turn
+
+    def take(name: str, *arguments) -> speed.Turn:
+        if len(taken) == 3:
+            raise KeyboardInterrupt
+        taken.append(name)
+        return take_turn(name, *arguments)
+
+    monkeypatch.setattr(kept_speeds, "take_turn", take)
+    assert compare("--seeds", "0") == 130
+    assert "turn 3 of 4" in capsys.readouterr().err
+    first = json.loads(Path("out/speeds.json").read_text())
+    assert [len(entry["speed"]["step"]) for entry in first.values()] == [1, 1]
+    taken.clear()
+    assert compare("--seeds", "0") == 0
+    assert sorted(taken) == ["plain", "with SE"]
+    for name, entry in json.loads(Path("out/speeds.json").read_text()).items():
+        assert entry["speed"]["step"][:1] == first[name]["speed"]["step"]
+        assert len(entry["speed"]["step"]) == len(entry["speed"]["latency"]) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
+    capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_speeds, "take_turn", lambda *_: pytest.fail("measured"))
+    Path("out").write_text("a file")
+    assert compare("--seeds", "1") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("composer-se compare: error: --out out: can't be written (Not a directory)")
+    assert "make room" not in error
 
 
 def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(capsys) -> None:
@@ -260,11 +294,20 @@ def test_a_wrong_argument_is_named_in_one_line_and_nothing_is_written(arguments,
     assert not Path("out").exists()
 
 
-def test_an_override_behind_the_options_is_told_its_place(capsys) -> None:
+def test_overrides_may_stand_anywhere_among_the_options() -> None:
+    from composer_se.cli import make_parser, parse
+
+    words = ["compare", "digits", "seed=1", "--seeds", "3", "max_duration=2ep", "--out", "out", "model.num_classes=3"]
+    args = parse(make_parser(), [*words, "--arm", "a", "seed=4", "--arm", "b", "seed=5"])
+    assert (args.recipe, args.seeds) == ("digits", 3)
+    assert args.overrides == ["seed=1", "max_duration=2ep", "model.num_classes=3"]
+    assert args.arm == [["a", "seed=4"], ["b", "seed=5"]]
+
+
+def test_a_word_that_is_no_override_is_refused(capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        compare("--seeds", "1", "max_duration=1ep")
-    error = capsys.readouterr().err
-    assert "unrecognized arguments: max_duration=1ep; key=value stands right behind the recipe" in error
+        compare("--seeds", "1", "max_duration")
+    assert "unrecognized arguments: max_duration" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

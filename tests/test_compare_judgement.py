@@ -11,15 +11,15 @@ import pytest
 from scipy import stats
 
 from composer_se.compare.arms import Arm, Comparison
-from composer_se.compare.judgement import judge
-from composer_se.compare.kept_speeds import _rescaled
+from composer_se.compare.judgement import _is_shown, judge, seeds_needed
+from composer_se.compare.kept_speeds import _add
 from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.picture import draw
-from composer_se.compare.speed import Speed
-from composer_se.compare.statistics import Estimate, mean_difference, ratio_of_means, seeds_needed
-from composer_se.compare.study import Findings, other_lengths
-from composer_se.compare.tables import as_json, as_markdown
-from composer_se.cost.machine import Machine
+from composer_se.compare.results import as_json, as_markdown
+from composer_se.compare.run import Findings, other_lengths
+from composer_se.compare.speed import Speed, Turn
+from composer_se.measure.machine import Machine
+from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 
 MACHINE = Machine("a processor", 2, 2, None, "2.7.0", "Linux", 0.0)
 
@@ -55,7 +55,6 @@ def test_difference_is_paired_by_seed_with_students_interval() -> None:
     difference = mean_difference(ours, theirs)
     assert difference.value == pytest.approx(np.mean(ours) - np.mean(theirs))
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
-    assert difference.count == 4
 
 
 def test_ratio_of_times_takes_out_what_a_turn_has_in_common() -> None:
@@ -86,20 +85,20 @@ def test_one_seed_has_no_interval_and_decides_nothing() -> None:
 def test_seeds_that_agree_to_the_image_decide_nothing() -> None:
     ours, theirs = [356 / 360, 355 / 360], [355 / 360, 354 / 360]
     difference = mean_difference(ours, theirs)
-    assert not difference.excludes(0)
-    assert seeds_needed(difference) == 3
+    assert not _is_shown(difference)
+    assert seeds_needed(difference, 2) == 3
     comparison, findings = findings_of({"plain": theirs, "se": ours}, {"plain": 1.0, "se": 1.0})
     assert "the evidence does not decide" in judge(comparison, findings)[1].sentence
 
 
 def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference() -> None:
     ours, theirs = [0.90, 0.91, 0.92, 0.90, 0.91], [0.90, 0.90, 0.91, 0.91, 0.90]
-    needed = seeds_needed(mean_difference(ours, theirs))
+    needed = seeds_needed(mean_difference(ours, theirs), 5)
     deviation = np.std(np.subtract(ours, theirs), ddof=1)
     assert needed is not None
     half = [stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n) for n in (needed - 1, needed)]
     assert half[1] <= np.mean(ours) - np.mean(theirs) < half[0]
-    assert seeds_needed(Estimate(0.0, -1.0, 1.0, 5)) is None
+    assert seeds_needed(Interval(0.0, -1.0, 1.0), 5) is None
 
 
 def test_accuracy_at_a_training_time_is_interpolated_between_the_ends_of_complete_runs() -> None:
@@ -130,23 +129,23 @@ def test_equal_time_compares_with_the_reference_trained_for_as_long() -> None:
     assert judged.equal_time.value == pytest.approx(-0.01 / 3)
     assert judged.step_time.value == pytest.approx(1.5)
     assert judged.sentence.startswith("more accurate than plain at equal epochs; the evidence does not decide at equal")
-    assert "seeds at equal training time, at even odds" in judged.sentence
+    assert "seeds at equal training time would give a 50 % chance to detect a difference this small." in judged.sentence
     assert "seeds at equal epochs" not in judged.sentence
 
 
-def test_equal_latency_compares_with_the_most_accurate_arm_that_is_no_slower() -> None:
+def test_an_arm_stands_beside_the_most_accurate_one_that_is_no_slower() -> None:
     comparison, findings = findings_of(
         {"plain": [0.90, 0.90], "deep": [0.94, 0.94], "se": [0.92, 0.92]},
         {"plain": 1.0, "deep": 1.0, "se": 1.0},
         {"plain": 1.0, "deep": 3.0, "se": 1.2},
     )
     plain, deep, se = judge(comparison, findings)
-    assert plain.equal_latency is None
-    assert deep.equal_latency is not None
-    assert deep.equal_latency[0] == "se"
-    assert se.equal_latency is not None
-    assert se.equal_latency[0] == "plain"
-    assert se.equal_latency[1].value == pytest.approx(0.02)
+    assert plain.beside_best_no_slower is None
+    assert deep.beside_best_no_slower is not None
+    assert deep.beside_best_no_slower[0] == "se"
+    assert se.beside_best_no_slower is not None
+    assert se.beside_best_no_slower[0] == "plain"
+    assert se.beside_best_no_slower[1].value == pytest.approx(0.02)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
@@ -170,8 +169,14 @@ def test_report_picture_and_data_hold_every_arm(seeds: int, tmp_path: Path) -> N
         assert text in picture
 
 
-def test_speed_of_a_later_arm_is_told_as_of_the_time_when_the_reference_was_measured() -> None:
-    before, now = Speed((1.0, 1.2), (0.1, 0.1), 50), Speed((2.0, 1.2), (0.2, 0.1), 50)
-    later = _rescaled(Speed((2.4, 1.44), (0.3, 0.15), 50), now, before)
-    assert later.step == pytest.approx((1.2, 1.44))
-    assert later.latency == pytest.approx((0.15, 0.15))
+def test_speed_of_a_later_arm_is_as_of_the_time_when_the_reference_was_measured() -> None:
+    entries = {
+        "plain": {"speed": {"step": [1.0, 1.2], "latency": [0.1, 0.1], "batches_per_epoch": 50}},
+        "later": {"speed": {"step": [], "latency": [], "batches_per_epoch": 0}},
+    }
+    _add({"plain": Turn(2.0, 0.2, 50), "later": Turn(2.4, 0.3, 50)}, "plain", entries, 0)
+    _add({"plain": Turn(1.2, 0.1, 50), "later": Turn(1.44, 0.15, 50)}, "plain", entries, 1)
+    assert entries["plain"]["speed"]["step"] == [1.0, 1.2]
+    assert entries["later"]["speed"]["step"] == pytest.approx([1.2, 1.44])
+    assert entries["later"]["speed"]["latency"] == pytest.approx([0.15, 0.15])
+    assert entries["later"]["speed"]["batches_per_epoch"] == 50

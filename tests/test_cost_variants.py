@@ -7,9 +7,9 @@ import torch
 from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExciteConv2d as ComposersConv2d
 from torch import nn
 
-from composer_se.cost.steps import image_batch, loss_of
 from composer_se.cost.variants import make_variants
 from composer_se.errors import UserError
+from composer_se.measure.steps import image_batch, loss_of
 from composer_se.modules import SqueezeExciteConv2d
 from composer_se.options import SqueezeExciteOptions
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from two_process_gates import images, small_network, train
 
 from composer_se import GateMonitor, SqueezeExcite, SqueezeExciteConv2d, ops
-from composer_se.gate_statistics import NEAR, describe, gate_sums, se_blocks
+from composer_se.gates.observe import NEAR, describe, gate_sums, se_blocks
 
 STATISTICS = {"mean", "std_over_samples", "std_over_channels", "share_near_0", "share_near_1"}
 LAYERS = {"0", "3"}

@@ -83,7 +83,7 @@ def test_fixing_a_gate_is_folding_its_mean_into_the_conv(network: nn.Sequential,
         folded[index] = conv
         accuracy, changed = accuracy_of(folded, network, batches)
         assert layer.ablation.accuracy == pytest.approx(accuracy)
-        assert layer.ablation.change == pytest.approx(accuracy - analysis.accuracy)
+        assert layer.ablation.change.value == pytest.approx(accuracy - analysis.accuracy)
         assert changed > 0
 
 
@@ -103,15 +103,23 @@ def test_the_network_is_left_as_it_was(network: nn.Sequential, batches: Batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_standard_error_comes_from_the_verdicts_that_change() -> None:
-    before, after = torch.ones(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
-    before[:10], after[10:14] = False, False  # ten gained, four lost
+def test_interval_of_a_change_comes_from_the_verdicts_that_change() -> None:
+    before, after = torch.ones(1000, dtype=torch.bool), torch.ones(1000, dtype=torch.bool)
+    before[:100], after[100:140] = False, False  # a hundred gained, forty lost
     ablation = _compare(before, after)
-    assert (ablation.accuracy, ablation.change) == (0.96, 0.06)
+    assert ablation.accuracy == 0.96
+    assert ablation.change.value == pytest.approx(0.06)
     differences = after.double() - before.double()
-    assert ablation.standard_error == pytest.approx(float(differences.std(correction=0)) / math.sqrt(100))
+    assert ablation.change.half_width == pytest.approx(1.96 * float(differences.std()) / math.sqrt(1000), rel=0.01)
     assert ablation.harmless
-    assert not _compare(torch.ones(100, dtype=torch.bool), before).harmless
+    assert not _compare(torch.ones(1000, dtype=torch.bool), before).harmless
+
+
+def test_no_change_on_few_images_is_not_certain() -> None:
+    same = torch.ones(360, dtype=torch.bool)
+    change = _compare(same, same).change
+    assert change.value == 0
+    assert change.half_width == pytest.approx(1.96 / 362)
 
 
 def test_labels_must_be_class_numbers(network: nn.Sequential) -> None:
@@ -176,10 +184,8 @@ def test_mistakes_are_named_in_one_line(
 
 def test_many_layers_share_one_picture(tmp_path: Path, network: nn.Sequential, batches: Batches) -> None:
     from composer_se.gates.picture import draw
-    from composer_se.gates.trained import Trained
 
     analysis = analyse(network, batches)
     many = Analysis(analysis.layers * 15, analysis.accuracy, analysis.num_images)
-    trained = Trained("many", network, batches, "noise", None, Path("weights.pt"), None)
-    draw(trained, many, tmp_path / "gates.svg")
+    draw("Gates of many", many, [str(k) for k in range(10)], tmp_path / "gates.svg")
     assert "20 of 30 layers" in (tmp_path / "gates.svg").read_text()

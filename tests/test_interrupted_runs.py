@@ -16,8 +16,8 @@ from composer import Callback
 from recipe_runs import TINY, command, environment, final_state, train
 
 from composer_se.recipe.checkpoints import check_latest
-from composer_se.recipe.interruption import exit_code_of
 from composer_se.recipe.load import load_recipe
+from composer_se.recipe.run import exit_code_of
 from composer_se.recipe.run import train as train_here
 from composer_se.train import main
 

@@ -112,14 +112,14 @@ def load_update_readme() -> ModuleType:
 
 def test_cost_table_spells_ratios_as_the_command_does() -> None:
     from composer_se.cost import tables
-    from composer_se.cost.machine import describe_machine
-    from composer_se.cost.statistics import Ratio
+    from composer_se.measure.machine import describe_machine
+    from composer_se.measure.uncertainty import Interval
 
     update_readme = load_update_readme()
     shown = (
-        Ratio(1.0123, 1.0103, 1.0143, 1.0, 1.02, resolved=True),
-        Ratio(1.012, 0.982, 1.042, 1.0, 1.02, resolved=False),
-        Ratio(*[math.nan] * 5, resolved=False),
+        Interval(1.0123, 1.0103, 1.0143),
+        Interval(1.012, 0.982, 1.042),
+        Interval(math.nan, math.nan, math.nan),
     )
     ratios = dict(zip(update_readme.KINDS, map(tables._ratio, shown), strict=True))
     found = {

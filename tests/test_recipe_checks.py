@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import nn
 
+from composer_se.commands.train import run_recipe
 from composer_se.errors import UserError
-from composer_se.recipe.fit import check_network_takes
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.run import run_recipe
-from composer_se.recipe.run_plan import make_plan
-from composer_se.recipe.schema import TRAINER_KEYS, Recipe
+from composer_se.recipe.schema import Recipe, free_to_change, keys
+from composer_se.recipe.trainer import try_network
+from composer_se.recipe.validate import make_plan
 from composer_se.train import main
 
 GOOD = """
@@ -34,6 +34,15 @@ BAD_OVERRIDES = [
     ("sed=1", "sed", "'seed'"),
     ("seed=abc", "seed", "abc"),
     ("seed=[1]", "seed", ""),
+    ("train_batch_size=64 images", "train_batch_size", "expected a whole number, got '64 images'"),
+    ("train_dataset=null", "train_dataset", "it can't be null"),
+    ("optimizer.lr=nan", "optimizer.lr", "a number"),
+    ("optimizer.lr=.nan", "optimizer.lr", "finite number"),
+    ("optimizer.weight_decay=-.inf", "optimizer.weight_decay", "finite number"),
+    ("optimizer={name: adamw, betas: [0.9, 1e999]}", "optimizer.betas[1]", "finite number"),
+    ("scale_schedule_ratio=nan", "scale_schedule_ratio", "finite number"),
+    ("optimizer.lr=-1", "optimizer.lr", "Invalid learning rate"),
+    ("optimizer={name: adamw, betas: [2, 0.5]}", "optimizer.betas", "Invalid beta"),
     ("max_duration=5 parsecs", "max_duration", "90ep"),
     ("max_duration=0ep", "max_duration", "more than 0"),
     ("max_duration=5sec", "max_duration", "5sec"),
@@ -65,6 +74,7 @@ BAD_OVERRIDES = [
     ("optimizer={name: adamw, betas: [0.9]}", "optimizer.betas", "list of 2"),
     ("scheduler={name: cosine}", "scheduler.name", "cosine_annealing"),
     ("scheduler={name: multi_step}", "scheduler.milestones", "required"),
+    ("scheduler={name: cosine_annealing_with_warmup, t_warmup: 9sp}", "scheduler.t_warmup", "max_duration=1ba"),
     ("algorithms.blurpol={}", "algorithms.blurpol", "'blurpool'"),
     ("algorithms.blurpol=null", "algorithms.blurpol", "'blurpool'"),
     ("algorithms.blurpool=3", "algorithms.blurpool", "mapping"),
@@ -74,6 +84,11 @@ BAD_OVERRIDES = [
     ("algorithms.squeeze_excite.latent_channel=3", "algorithms.squeeze_excite.latent_channel", "'latent_channels'"),
     ("callbacks.lr_monitor.every=3", "callbacks.lr_monitor.every", "none"),
     ("loggers.wand={}", "loggers.wand", "wandb"),
+    ("loggers.csv={}", "loggers.csv", "RUN_FOLDER/metrics.jsonl"),
+    ("model.num_classes=3", "model.num_classes", "3 outputs, but train_dataset has 10 classes"),
+    ("model={name: no.such.module:Net}", "model.name", "can't be imported"),
+    ("model={name: json:nothing}", "model.name", "no function or class 'nothing'"),
+    ("model={name: json:dumps}", "model.obj", "required"),
     ("seed", "seed", "key=value"),
     ("seed: 1={", "seed: 1", ""),
     ("run_name=${nothing}", "run_name", "nothing"),
@@ -141,6 +156,32 @@ def test_run_leaves_the_logging_of_the_process_as_it_was(recipe: str, monkeypatc
     assert (log.handlers, log.level, log.propagate) == before
 
 
+def test_a_warm_up_in_epochs_of_a_duration_in_samples_is_refused(recipe: str) -> None:
+    warmup = "scheduler={name: cosine_annealing_with_warmup, t_warmup: %s}"
+    with pytest.raises(UserError, match=r"scheduler\.t_warmup: '1ep' .* max_duration=1000sp"):
+        make_plan(load_recipe(recipe, ["max_duration=1000sp", warmup % "1ep"]))
+    for comparable in ("0.1dur", "100sp"):
+        make_plan(load_recipe(recipe, ["max_duration=1000sp", warmup % comparable]))
+
+
+def test_a_complaint_of_the_scheduler_names_it(recipe: str) -> None:
+    with pytest.raises(UserError, match="scheduler: Wall clock time"):
+        run_recipe(recipe, ["scheduler={name: multi_step, milestones: [5sec]}", "progress_bar=false"])
+    assert [path.name for path in Path().iterdir()] == ["good.yaml"]
+
+
+def test_tensorboard_writes_into_the_run_folder_unless_told_otherwise(recipe: str) -> None:
+    for given, expected in (("{}", "runs/good/tensorboard"), ("{log_dir: elsewhere}", "elsewhere")):
+        (logger,) = make_plan(load_recipe(recipe, [f"loggers.tensorboard={given}"])).loggers
+        assert logger.arguments["log_dir"] == expected
+
+
+def test_a_recipe_must_be_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([])
+    assert capsys.readouterr().err.endswith("the following arguments are required: RECIPE\n")
+
+
 def test_network_for_other_images_is_refused(recipe: str) -> None:
     with pytest.raises(UserError, match=r"model: resnet18 does not take the images .* 1 channels and 8x8 pixels"):
         run_recipe(recipe, ["model={name: resnet18, num_classes: 10}"])
@@ -151,7 +192,7 @@ def test_trying_a_network_on_an_image_leaves_every_module_in_its_mode() -> None:
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2).eval(), nn.Sequential(nn.ReLU()))
     for image in (torch.zeros(1, 8, 8), torch.zeros(3, 8, 8)):
         with contextlib.suppress(UserError):
-            check_network_takes(network, image, "network")
+            try_network(network, image, "network")
         assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
@@ -204,10 +245,18 @@ def test_run_name_and_folders_follow_the_recipe(recipe: str) -> None:
     assert load_recipe(recipe, ["run_name=x"]).save_folder == "runs/x/checkpoints"
 
 
+def test_a_key_that_decides_the_weights_may_not_change() -> None:
+    decides = {"model", "train_dataset", "optimizer", "scheduler", "algorithms", "seed", "train_batch_size"}
+    for when_resumed in (True, False):
+        assert not decides & set(free_to_change(when_resumed=when_resumed))
+    assert "max_duration" in free_to_change(when_resumed=True)
+    assert "max_duration" not in free_to_change(when_resumed=False)
+
+
 def test_keys_for_the_trainer_are_its_own() -> None:
     from composer import Trainer
 
     parameters = inspect.signature(Trainer.__init__).parameters
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    assert set(TRAINER_KEYS) <= set(parameters)
-    assert set(TRAINER_KEYS) <= fields
+    assert set(keys("trainer")) <= set(parameters)
+    assert set(keys("trainer")) <= fields

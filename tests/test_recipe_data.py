@@ -13,9 +13,12 @@ from composer.algorithms import RandAugmentTransform
 from composer.utils.misc import add_vision_dataset_transform
 from torchvision.transforms import ToTensor
 
-from composer_se.recipe.augmentation import SeededImages
-from composer_se.recipe.dataloaders import build_dataloader
-from composer_se.recipe.datasets import cifar10, digits, fashion_mnist, imagenet, synthetic
+from composer_se.errors import UserError
+from composer_se.recipe.data import DATASETS, cifar10, digits, fashion_mnist, image_size, imagenet, synthetic
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.loaders import SeededImages
+from composer_se.recipe.trainer import build_parts
+from composer_se.recipe.validate import make_plan
 
 
 def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
@@ -30,7 +33,7 @@ def test_digits_split_is_stratified_complete_and_always_the_same() -> None:
 
 
 def batches(num_workers: int, epoch: int, seed: int = 1) -> list[torch.Tensor]:
-    loader = build_dataloader(digits(train=True), 64, seed, True, num_workers, pin_memory=False)
+    loader = digits(train=True).loader(64, seed, True, num_workers, pin_memory=False)
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
     return [images for (images, _), _ in zip(loader, range(3), strict=False)]
 
@@ -120,6 +123,37 @@ def test_imagenet_reads_a_tree_of_image_files(tmp_path: Path) -> None:
         assert label == 1
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, num_workers: int) -> None:
+    folder = tmp_path / "train" / "cat"
+    folder.mkdir(parents=True)
+    (folder / "1.jpg").write_bytes(b"no image")
+    loader = imagenet(train=True, root=str(tmp_path)).loader(1, 0, True, num_workers, pin_memory=False)
+    with pytest.raises(UserError) as error:
+        next(iter(loader))
+    assert str(error.value).startswith(f"{folder / '1.jpg'}: can't be read (cannot identify image file")
+    assert "\n" not in str(error.value)
+
+
+def test_folders_of_classes_that_number_them_differently_are_refused(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for folder in ("train/cat", "train/dog", "val/dog"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "1.png")
+    data = f"{{name: imagenet, root: {tmp_path}, image_size: 16, num_workers: 0}}"
+    overrides = [f"train_dataset={data}", f"eval_dataset={data}", "model.in_channels=3", "train_batch_size=1"]
+    recipe = load_recipe("digits", overrides)
+    with pytest.raises(UserError, match="eval_dataset: its classes are not those of train_dataset .'cat' in one"):
+        build_parts(recipe, make_plan(recipe))
+
+
+def test_every_data_set_says_how_large_its_images_are() -> None:
+    sizes = {name: image_size({"name": name}) for name in DATASETS}
+    assert (sizes["digits"], sizes["fashion_mnist"], sizes["imagenet"]) == (8, 28, 224)
+    assert image_size({"name": "streaming", "image_size": 160}) == 160
+
+
 def test_missing_data_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.datasets
 
@@ -135,7 +169,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
     streaming = pytest.importorskip("streaming")
     from PIL import Image
 
-    from composer_se.recipe.streaming_data import streaming as streamed
+    from composer_se.recipe.data import streaming as streamed
 
     rng = np.random.default_rng(0)
     with streaming.MDSWriter(out=str(tmp_path / "train"), columns={"x": "jpeg", "y": "int"}) as writer:
@@ -143,7 +177,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
             pixels = rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)
             writer.write({"x": Image.fromarray(pixels), "y": label})
     data = streamed(train=True, local=str(tmp_path), split="train", image_size=16, num_canonical_nodes=1)
-    loader = build_dataloader(data, 8, 1, True, 0, pin_memory=False)
+    loader = data.loader(8, 1, True, 0, pin_memory=False)
     epochs = [[(images, labels) for images, labels in loader] for _ in range(2)]
     assert sorted(torch.cat([labels for _, labels in epochs[0]]).tolist()) == list(range(16))
     assert epochs[0][0][0].shape == (8, 3, 16, 16)

@@ -17,9 +17,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from composer_se.recipe import run
-from composer_se.recipe.run_plan import make_plan
+from composer_se.commands import train as train_command
 from composer_se.recipe.schema import Recipe
+from composer_se.recipe.validate import make_plan
 from composer_se.train import main
 
 CASES = int(os.environ.get("SE_SOAK", "300"))
@@ -154,7 +154,7 @@ def checks_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The train command up to the point from which it builds and writes."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(run, "_train_and_show", make_plan)
+    monkeypatch.setattr(train_command, "_train_and_show", make_plan)
 
 
 def test_any_recipe_file_is_valid_or_refused_in_one_line() -> None:

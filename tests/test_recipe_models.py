@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+from composer_se.cli import main
 from composer_se.errors import UserError
 from composer_se.recipe.cifar_resnet import CIFARResNet
 from composer_se.recipe.models import build_network, network_names
@@ -44,6 +48,56 @@ def test_torchvision_networks_build_by_name_with_their_arguments() -> None:
 def test_timm_networks_build_by_name() -> None:
     pytest.importorskip("timm")
     assert build_network("timm/resnet18", num_classes=3)(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+
+
+NETWORK = """
+from __future__ import annotations
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, classes: int, width: int = 4) -> None:
+        super().__init__(nn.Conv2d(1, width, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes))
+
+def broken():
+    raise KeyError("weights")
+
+def no_network():
+    return 3
+"""
+
+
+@pytest.fixture
+def own_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_network_of_mine.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "a_network_of_mine", raising=False)
+
+
+@pytest.mark.usefixtures("own_network")
+def test_networks_of_the_users_own_build_from_the_current_folder_with_their_arguments() -> None:
+    network = build_network("a_network_of_mine:Net", classes="3", width=8)
+    assert network(torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    for wrong, message in (
+        ({"clases": 3}, r"model\.clases: unknown argument of a_network_of_mine:Net; did you mean 'classes'"),
+        ({}, r"model\.classes: required"),
+        ({"classes": "three"}, r"model\.classes: expected a whole number"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build_network("a_network_of_mine:Net", **wrong)
+    with pytest.raises(UserError, match=r"model: a_network_of_mine:broken fails \(KeyError: 'weights'\)"):
+        build_network("a_network_of_mine:broken")
+    with pytest.raises(UserError, match=r"a_network_of_mine:no_network returned a int"):
+        build_network("a_network_of_mine:no_network")
+
+
+@pytest.mark.usefixtures("own_network")
+def test_a_network_of_the_users_own_trains_and_its_gates_are_shown() -> None:
+    options = ["model={name: 'a_network_of_mine:Net', classes: 10}", "max_duration=2ba", "train_batch_size=16"]
+    options += ["progress_bar=false", "eval_subset_num_batches=1", "algorithms.squeeze_excite.min_channels=1"]
+    assert main(["train", "digits", *options]) == 0
+    assert main(["gates", "runs/digits"]) == 0
+    assert Path("runs/digits/gates/gates.png").is_file()
 
 
 @pytest.mark.parametrize(

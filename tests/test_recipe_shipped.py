@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from composer_se.recipe.run import run_recipe
-from composer_se.recipe.shipped import shipped_recipes
+from composer_se.commands.train import run_recipe
+from composer_se.recipe.load import shipped_recipes
 
 NOISE = "{name: synthetic, num_samples: 8, image_size: 32, num_channels: %d, num_classes: 10}"
 SHORT = ["max_duration=2ba", "train_batch_size=4", "eval_batch_size=4", "progress_bar=false", "precision=fp32"]

@@ -11,8 +11,8 @@ import torch
 from recipe_runs import TINY, final_state, train, train_until
 
 import composer_se
-from composer_se.recipe.augmentation import SeededImages
-from composer_se.recipe.datasets import digits
+from composer_se.recipe.data import digits
+from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.models import build_network
 
 pytestmark = pytest.mark.launch

@@ -7,32 +7,26 @@ same command continues what was interrupted. On several processes: composer -n N
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from composer_se import launch
 from composer_se.commands.surgery_log import surgery_logged_from
+from composer_se.commands.train import add_recipe_arguments, write_run_report
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
     from composer_se.compare.arms import Comparison
-    from composer_se.compare.study import Findings, Progress
+    from composer_se.compare.run import Findings
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `composer-se compare`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key for all arms, such as max_duration=5ep; before the options",
-    )
+    add_recipe_arguments(parser, "a key for all arms, such as max_duration=5ep")
     parser.add_argument(
         "--seeds",
         type=int,
@@ -64,20 +58,17 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: An argument or an arm's recipe is wrong: nothing was written. Or a file can't be written.
     """
-    from composer_se.recipe import ranks
-
     comparison = _comparison(args)
-    ranks.share_cores()  # before torch is imported
+    launch.share_cores()  # before torch is imported
 
-    from composer_se.compare.study import check
-    from composer_se.recipe.interruption import exit_code_of
-    from composer_se.recipe.run import log_on_terminal
+    from composer_se.compare.run import check
+    from composer_se.recipe.run import exit_code_of
 
     check(comparison)
-    with log_on_terminal(), surgery_logged_from(logging.WARNING):
-        code = exit_code_of(lambda: _pursue(comparison), comparison.folder)
+    with launch.log_on_terminal(), surgery_logged_from(logging.WARNING):
+        code = exit_code_of(lambda: _compare(comparison), comparison.folder)
     if code:
-        ranks.say("\ncomposer-se compare: stopped; the same command continues")
+        launch.leave_interrupted("\ncomposer-se compare: stopped; the same command continues")
     return code
 
 
@@ -103,18 +94,19 @@ def _comparison(args: argparse.Namespace) -> Comparison:
     )
 
 
-def _pursue(comparison: Comparison) -> None:
+def _compare(comparison: Comparison) -> None:
     from composer.utils import dist
     from rich.console import Console
 
     from composer_se.compare.judgement import judge
-    from composer_se.compare.study import pursue
-    from composer_se.compare.tables import print_judgements, print_speeds
+    from composer_se.compare.results import print_judgements, print_speeds
+    from composer_se.compare.run import run_comparison
+    from composer_se.show.terminal import progress_bar
 
     speaks = dist.get_global_rank() == 0
     findings = None
-    with _progress_bar() as progress:
-        for findings in pursue(comparison, progress):
+    with progress_bar(speaks=launch.is_local_rank_zero(), in_lines=True) as progress:
+        for findings in run_comparison(comparison, progress):
             if findings.runs and speaks:
                 _write(comparison, findings)
     if findings is None or not speaks:
@@ -129,8 +121,8 @@ def _pursue(comparison: Comparison) -> None:
 def _write(comparison: Comparison, findings: Findings) -> None:
     from composer_se.compare.judgement import judge
     from composer_se.compare.picture import draw
-    from composer_se.compare.tables import as_json, as_markdown, conditions
-    from composer_se.recipe.failed_writes import replace_file, writing
+    from composer_se.compare.results import as_json, as_markdown, conditions
+    from composer_se.files import replace_file, writing
 
     judgements = judge(comparison, findings)
     replace_file(comparison.folder / "results.json", as_json(comparison, findings, judgements))
@@ -138,34 +130,6 @@ def _write(comparison: Comparison, findings: Findings) -> None:
     picture = comparison.folder / "comparison.png"
     with writing(picture):
         draw(comparison, findings, judgements, conditions(comparison, findings), picture)
-
-
-@contextlib.contextmanager
-def _progress_bar() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    from composer_se.recipe import ranks
-
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not ranks.is_local_rank_zero()) as bar:
-        task = bar.add_task("starting", total=None)
-        current = ""
-
-        def progress(what: str, done: int, total: int) -> None:
-            nonlocal current
-            if what != current:
-                current = what
-                bar.reset(task)
-                if not console.is_terminal and ranks.is_local_rank_zero():
-                    print(what, file=console.file, flush=True)
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield progress
+    for summary in comparison.folder.glob("runs/*/summary.json"):
+        if not (summary.parent / "report.html").exists():
+            write_run_report(summary.parent)

@@ -96,32 +96,21 @@ def run(args: argparse.Namespace) -> int:
         UserError: An option is wrong, the network cannot be built or run, or a file cannot be written.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from composer_se.cost.plot import plot_formats, plot_study
+    from composer_se.cost.picture import draw
     from composer_se.cost.study import measure
     from composer_se.cost.tables import print_study, write_json
+    from composer_se.show.pictures import picture_formats
+    from composer_se.show.terminal import progress_bar
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)
-    if args.plot is not None and args.plot.suffix.removeprefix(".") not in plot_formats():
+    if args.plot is not None and args.plot.suffix.removeprefix(".") not in picture_formats():
         raise UserError(f"--plot {args.plot}: its ending must name a picture format, such as .png or .svg")
     network = read_network(args)
     settings = _settings(args, network)
     built = network.build()
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with surgery_logged_from(logging.ERROR), Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("counting", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with surgery_logged_from(logging.ERROR), progress_bar() as progress:
         study = measure(network.name, built, settings, progress)
     print_study(study, Console())
     if args.json is not None:
@@ -129,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             write_json(study, args.json)
     if args.plot is not None:
         with _writing("--plot", args.plot):
-            plot_study(study, args.plot)
+            draw(study, args.plot)
     return 0
 
 

@@ -42,36 +42,34 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: The run, the checkpoint, the data or the device can't be had, or they don't fit together.
     """
-    import json
     import warnings
 
     from rich.console import Console
-    from rich.progress import Progress
 
+    from composer_se.commands.trained_network import load_trained
     from composer_se.gates.analysis import analyse
     from composer_se.gates.picture import draw
-    from composer_se.gates.report import as_json, print_analysis
-    from composer_se.gates.trained import load_trained
+    from composer_se.gates.table import as_dict, print_analysis
     from composer_se.report import write_report
+    from composer_se.show.terminal import progress_bar
+    from composer_se.show.text import to_json
 
     warnings.filterwarnings("ignore", message="No optimizer was specified")
     trained = load_trained(args.source, args.recipe, args.data, read_device(args))
-    with Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-
-        def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total or None)
-
-        analysis = analyse(trained.network, trained.batches, advance)
+    with progress_bar() as progress:
+        analysis = analyse(trained.network, trained.batches, progress)
+    title = f"Gates of {trained.name} on {analysis.num_images:,} images of {trained.data}"
+    classes = trained.classes or [str(k) for k in range(len(analysis.layers[0].by_class))]
+    origin = {"name": trained.name, "checkpoint": str(trained.checkpoint), "data": trained.data}
     folder = args.out or (trained.run_folder or Path()) / "gates"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "gates.json").write_text(json.dumps(as_json(trained, analysis), indent=1) + "\n")
-        draw(trained, analysis, folder / "gates.png")
+        (folder / "gates.json").write_text(to_json(origin | as_dict(analysis, classes)))
+        draw(title, analysis, classes, folder / "gates.png")
     except OSError as error:
         raise UserError(f"--out {folder}: {error.strerror}") from error
     console = Console()
-    print_analysis(trained, analysis, console)
+    print_analysis(title, analysis, console)
     written = [folder / "gates.png", folder / "gates.json"]
     if trained.run_folder is not None and args.out is None:
         written.append(write_report(trained.run_folder))

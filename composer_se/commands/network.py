@@ -76,9 +76,9 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 
 
 def _read_recipe(name: str) -> NamedNetwork:
-    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.data import image_size
     from composer_se.recipe.load import load_recipe
-    from composer_se.recipe.squeeze_excite import squeeze_excite_options
+    from composer_se.recipe.validate import squeeze_excite_options
 
     recipe = load_recipe(name)
     return NamedNetwork(

@@ -3,23 +3,95 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["add_arguments", "run"]
+from composer_se import launch
+
+if TYPE_CHECKING:
+    from composer_se.recipe.schema import Recipe
+
+__all__ = ["add_arguments", "add_recipe_arguments", "run", "run_recipe", "write_run_report"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
+    add_recipe_arguments(parser, "a key of the recipe, such as optimizer.lr=0.1 or algorithms.squeeze_excite=null")
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, changes: str) -> None:
+    """Adds a recipe and its overrides, which may also stand among the options; see `composer_se.cli.parse`."""
     parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="change a key of the recipe, such as optimizer.lr=0.1 or algorithms.squeeze_excite=null",
-    )
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=f"change {changes}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains the recipe; see `composer_se.recipe.run.run_recipe` for the exit code."""
-    from composer_se.recipe.run import run_recipe
-
+    """Trains the recipe; see `run_recipe`."""
     return run_recipe(args.recipe, args.overrides)
+
+
+def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
+    """Trains a recipe, in this process and its siblings under the launcher, prints its summary and writes its report.
+
+    A run that was killed continues from its last checkpoint. A run that is complete is left alone: its summary is
+    shown again.
+
+    Args:
+        recipe: The path of a YAML file, or the name of a shipped recipe.
+        overrides: `dotted.key=value` strings.
+
+    Returns:
+        The exit code: 0 when the run is complete (now or already before), 130 or 143 when it was interrupted.
+
+    Raises:
+        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
+            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
+    """
+    from composer_se.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    launch.share_cores()  # before torch is imported
+
+    from composer_se.recipe.run import exit_code_of
+
+    with launch.log_on_terminal():
+        code = exit_code_of(lambda: _train_and_show(loaded), Path(loaded.run_folder))
+    if code:
+        launch.leave_interrupted(
+            f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint"
+        )
+    return code
+
+
+def _train_and_show(recipe: Recipe) -> None:
+    from composer_se.recipe.run import print_summary, train
+
+    summary, was_finished = train(recipe)
+    if launch.is_local_rank_zero() and (was_finished or os.environ.get("RANK", "0") == "0"):
+        print_summary(summary)
+    if was_finished:
+        launch.say(
+            f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
+            "or start anew under another name with run_name=..."
+        )
+        return
+    if os.environ.get("RANK", "0") == "0":
+        write_run_report(Path(recipe.run_folder))
+    if recipe.save_num_checkpoints_to_keep >= 0:
+        launch.say(
+            f"{recipe.save_folder} holds the last {recipe.save_num_checkpoints_to_keep} checkpoints; "
+            "save_num_checkpoints_to_keep=-1 keeps all"
+        )
+
+
+def write_run_report(run_folder: Path) -> None:
+    """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
+    from composer_se.report import write_report
+
+    try:
+        write_report(run_folder)
+    except Exception:
+        logging.getLogger(__name__).warning("%s: report.html could not be written", run_folder, exc_info=True)

@@ -10,21 +10,15 @@ from pathlib import Path
 
 from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.schema import Recipe, keys
 
 __all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
 
 # What tells the runs of a comparison apart is not for an arm to say.
-_RESERVED = ("seed", "run_name", "run_folder", "save_folder")
+_RESERVED = keys("set")
 
 # What has to be the same in all arms for their accuracies to be comparable at equal epochs.
-_SHARED = (
-    "max_duration",
-    "train_subset_num_batches",
-    "scale_schedule_ratio",
-    "eval_dataset",
-    "eval_subset_num_batches",
-)
+_SHARED = keys("same")
 
 _WITHOUT_SE = "algorithms.squeeze_excite=null"
 _RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
@@ -92,7 +86,7 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
         UserError: A recipe is wrong, or an arm changes what tells runs apart, or has nothing to be evaluated on.
     """
     for override in comparison.overrides:
-        _refuse(override, _RESERVED[1:], "")
+        _refuse(override, [key for key in _RESERVED if key != "seed"], "")
     load_recipe(comparison.recipe, comparison.overrides)  # what is wrong in all arms is no arm's fault
     recipes = {}
     for arm in comparison.arms:

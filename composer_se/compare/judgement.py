@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import mean
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.outcomes import accuracy_after
-from composer_se.compare.statistics import Estimate, mean_difference, ratio_of_means, seeds_needed
-from composer_se.compare.study import Findings, training_seconds
+from composer_se.compare.run import Findings, training_seconds
+from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means, students_t
 
-__all__ = ["Judgement", "judge"]
+__all__ = ["Judgement", "judge", "seeds_needed"]
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Judgement:
         accuracies: Final accuracy per seed.
         equal_epochs: How much more accurate it is than the reference after as many epochs. None for the reference.
         equal_time: How much more than the reference trained for as long as this arm trains. None for the reference.
-        equal_latency: How much more than the most accurate of the other arms not shown to be slower in inference, and
-            which that is. None where all others are slower.
+        beside_best_no_slower: The most accurate of the other arms that are not shown to be slower in inference, and how
+            much more accurate this one is. None where all others are slower.
         step_time: Time of a training step over the reference's.
         latency: Inference time of one image over the reference's.
         parameters: Of the trained network.
@@ -34,11 +35,11 @@ class Judgement:
 
     arm: str
     accuracies: tuple[float, ...]
-    equal_epochs: Estimate | None
-    equal_time: Estimate | None
-    equal_latency: tuple[str, Estimate] | None
-    step_time: Estimate
-    latency: Estimate
+    equal_epochs: Interval | None
+    equal_time: Interval | None
+    beside_best_no_slower: tuple[str, Interval] | None
+    step_time: Interval
+    latency: Interval
     parameters: int
     se_layers: int
     sentence: str
@@ -59,13 +60,13 @@ def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
     if arm != reference:
         equal_epochs = mean_difference(ours, [run.accuracy for run in findings.runs[reference]])
         equal_time = mean_difference(ours, _reference_at_time_of(arm, reference, findings))
-        sentence = _sentence(equal_epochs, equal_time, reference)
+        sentence = _sentence(equal_epochs, equal_time, reference, len(runs))
     return Judgement(
         arm=arm,
         accuracies=tuple(ours),
         equal_epochs=equal_epochs,
         equal_time=equal_time,
-        equal_latency=_equal_latency(arm, comparison, findings),
+        beside_best_no_slower=_beside_best_no_slower(arm, comparison, findings),
         step_time=ratio_of_means(speed.step, base.step),
         latency=ratio_of_means(speed.latency, base.latency),
         parameters=runs[0].parameters,
@@ -85,7 +86,7 @@ def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[
     return accuracies
 
 
-def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Estimate] | None:
+def _beside_best_no_slower(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Interval] | None:
     """The arm against the most accurate of the others that are not slower, as far as the timing can tell."""
 
     def is_slower(other: str) -> bool:
@@ -101,29 +102,68 @@ def _equal_latency(arm: str, comparison: Comparison, findings: Findings) -> tupl
     return rival, mean_difference(final(arm), final(rival))
 
 
-def _sentence(equal_epochs: Estimate, equal_time: Estimate, reference: str) -> str:
+def _sentence(equal_epochs: Interval, equal_time: Interval, reference: str, seeds: int) -> str:
     epochs, time = _verdict(equal_epochs, reference), _verdict(equal_time, reference)
-    advice = _advice({"at equal epochs": equal_epochs, "at equal training time": equal_time})
+    advice = _advice({"at equal epochs": equal_epochs, "at equal training time": equal_time}, seeds)
     if epochs == time:
         return f"{epochs}, at equal epochs as at equal training time.{advice}"
     return f"{epochs} at equal epochs; {time} at equal training time.{advice}"
 
 
-def _verdict(difference: Estimate, reference: str) -> str:
-    if difference.count < 2:
+def _verdict(difference: Interval, reference: str) -> str:
+    if math.isnan(difference.half_width):
         return "one seed decides nothing"
-    if difference.excludes(0):
+    if _is_shown(difference):
         return f"{'more' if difference.value > 0 else 'less'} accurate than {reference}"
     return "the evidence does not decide"
 
 
-def _advice(differences: Mapping[str, Estimate]) -> str:
+def _is_shown(difference: Interval) -> bool:
+    """Whether a difference is told from zero.
+
+    Seeds whose differences agree to the digit show nothing: accuracies come in whole images, and two seeds of two equal
+    arms differ by the same number of them in 7 % of cases.
+    """
+    return difference.excludes(0) and not _is_tie(difference)
+
+
+def _is_tie(difference: Interval) -> bool:
+    """Whether there is no spread to judge by, but for rounding."""
+    return difference.half_width < 1e-9
+
+
+def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
     """How many seeds would decide what is open."""
     needed = []
     for where, difference in differences.items():
-        if difference.count >= 2 and not difference.excludes(0):
-            count = seeds_needed(difference)
+        if not math.isnan(difference.half_width) and not _is_shown(difference):
+            count = seeds_needed(difference, seeds)
             needed.append(f"{'over 10,000' if count is None else f'about {count:,}'} seeds {where}")
     if not needed:
         return ""
-    return f" To show as small a difference as was seen would take {' and '.join(needed)}, at even odds."
+    seeds_wanted = " and ".join(needed)
+    return f" {seeds_wanted[0].upper()}{seeds_wanted[1:]} would give a 50 % chance to detect a difference this small."
+
+
+def seeds_needed(difference: Interval, seeds: int) -> int | None:
+    """About how many seeds would give a 50 % chance to detect a difference as small as the one seen.
+
+    Args:
+        difference: Over the seeds there are.
+        seeds: How many there are.
+
+    Returns:
+        The number of seeds whose interval would be as wide as the difference is large. One more than there are where no
+        spread was seen. None where it is over 10,000, the spread is unknown or the difference is zero.
+    """
+    if math.isnan(difference.half_width) or difference.value == 0:
+        return None
+    if _is_tie(difference):
+        return seeds + 1
+    deviation = difference.half_width / students_t(seeds - 1) * math.sqrt(seeds)
+    count = 2
+    while students_t(count - 1) * deviation / math.sqrt(count) > abs(difference.value):
+        count = count + 1 if count < 100 else math.ceil(count * 1.1)
+        if count > 10_000:
+            return None
+    return count

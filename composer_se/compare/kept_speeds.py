@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,33 +13,34 @@ import torch
 from composer.utils import dist
 
 from composer_se.compare.outcomes import read_json
-from composer_se.compare.speed import OPTIONS, ROUNDS, Speed, measure_speeds
-from composer_se.cost.machine import Machine, describe_machine
+from composer_se.compare.speed import Speed, Turn, steps_per_turn, take_turn
 from composer_se.errors import UserError
-from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.failed_writes import replace_file
-from composer_se.recipe.schema import Recipe
+from composer_se.files import replace_file
+from composer_se.measure.machine import Machine, describe_machine
+from composer_se.recipe.distributed import from_rank_zero
+from composer_se.recipe.schema import Recipe, keys
+from composer_se.show.terminal import Progress
+from composer_se.show.text import to_json
 
 __all__ = ["read_or_measure_speeds"]
 
-# Of a recipe, beside the Trainer's options, what a step's time depends on.
-_SECTIONS = ("model", "train_dataset", "train_batch_size", "optimizer", "scheduler", "algorithms")
-_NO_MATTER = ("seed", "dist_timeout")
+ROUNDS = 8
 
 
 def read_or_measure_speeds(
-    recipes: Mapping[str, Recipe], reference: str, folder: Path, progress: Callable[[str, int, int], None]
+    recipes: Mapping[str, Recipe], reference: str, folder: Path, progress: Progress
 ) -> tuple[dict[str, Speed], Machine, int]:
     """The speeds of all arms: those kept, of arms that are still the same, and the others measured.
 
-    An arm that came later is measured in turns with the reference; the drift since the reference was measured first is
-    taken out by the reference's own change.
+    Every arm takes a turn in each round, in random order. The speeds are kept after each round, so that an interrupted
+    measurement continues with the next one. An arm that came later is measured in rounds with the reference; the
+    drift since the reference was measured first is taken out by the reference's own change.
 
     Args:
         recipes: Arm name to recipe.
         reference: Name of the arm that the others are compared with.
         folder: The comparison's.
-        progress: Called as (what is going on, turns done, turns in all).
+        progress: Told of each turn.
 
     Returns:
         Arm name to speed, the machine that the reference was measured on, and its number of processes.
@@ -52,25 +54,62 @@ def read_or_measure_speeds(
     described = {name: _what_speed_depends_on(recipe) for name, recipe in recipes.items()}
     if kept.get(reference, {}).get("recipe") != described[reference]:
         kept = {}
-    missing = {name: recipe for name, recipe in recipes.items() if kept.get(name, {}).get("recipe") != described[name]}
+    entries = {name: entry for name, entry in kept.items() if entry["recipe"] == described.get(name)}
+    rounds = {name: len(entry["speed"]["step"]) for name, entry in entries.items()}
+    missing = {name: range(rounds.get(name, 0), ROUNDS) for name in recipes if rounds.get(name, 0) < ROUNDS}
     if missing:
-        if kept:
-            _check_same_machine(kept[reference], recipes[reference], path)
-        machine = _this_machine(recipes[reference])  # with the load before we put our own on it
-        measured = _measure(missing | {reference: recipes[reference]}, progress)
-        before = _speed(kept[reference]) if reference in kept else measured[reference]
-        for name in missing:
-            speed = _rescaled(measured[name], measured[reference], before)
-            kept[name] = {
-                "recipe": described[name],
-                "speed": dataclasses.asdict(speed),
-                "machine": dataclasses.asdict(machine),
-                "processes": dist.get_world_size(),
-            }
-        if dist.get_global_rank() == 0:
-            replace_file(path, json.dumps(kept, indent=1) + "\n")
-    entry = kept[reference]
-    return {name: _speed(kept[name]) for name in recipes}, Machine(**entry["machine"]), entry["processes"]
+        if reference in entries:
+            _check_same_machine(entries[reference], recipes[reference], path)
+        machine = dataclasses.asdict(_this_machine(recipes[reference]))  # with the load before we put our own on it
+        for name in missing.keys() - entries:
+            speed = {"step": [], "latency": [], "batches_per_epoch": 0}
+            processes = dist.get_world_size()
+            entries[name] = {"recipe": described[name], "speed": speed, "machine": machine, "processes": processes}
+        for done in _measure(recipes, reference, missing, entries, progress):
+            if dist.get_global_rank() == 0:
+                replace_file(path, to_json(kept | done))
+    speeds = {name: Speed(**entries[name]["speed"]) for name in recipes}
+    return speeds, Machine(**entries[reference]["machine"]), entries[reference]["processes"]
+
+
+def _measure(
+    recipes: Mapping[str, Recipe],
+    reference: str,
+    missing: Mapping[str, range],
+    entries: dict[str, Any],
+    progress: Progress,
+) -> Iterator[dict[str, Any]]:
+    """Adds the missing rounds to the entries, and yields them after each."""
+    turns = [{name for name, rounds in missing.items() if turn in rounds} for turn in range(ROUNDS)]
+    turns = [names | {reference} if names else names for names in turns]
+    total, done = sum(map(len, turns)), 0
+    steps = steps_per_turn(reference, recipes[reference])
+    for turn, names in enumerate(turns):
+        order = sorted(names)
+        random.Random(turn).shuffle(order)
+        taken: dict[str, Turn] = {}
+        for name in order:
+            done += 1
+            progress(f"measuring speed, turn {done} of {total}: {name}", done - 1, total)
+            taken[name] = take_turn(name, recipes[name], (turn + 0.5) / ROUNDS, steps)
+        if names:
+            _add(taken, reference, entries, turn)
+            yield entries
+
+
+def _add(taken: Mapping[str, Turn], reference: str, entries: dict[str, Any], turn: int) -> None:
+    """Adds one round to the entries that lack it, as it would have been when the reference took this turn first."""
+    now = taken[reference]
+    before = entries[reference]["speed"]
+    scale = {"step": 1.0, "latency": 1.0}
+    if len(before["step"]) > turn:
+        scale = {key: before[key][turn] / getattr(now, key) for key in scale}
+    for name, own in taken.items():
+        speed = entries[name]["speed"]
+        if len(speed["step"]) == turn:
+            speed["step"].append(own.step * scale["step"])
+            speed["latency"].append(own.latency * scale["latency"])
+            speed["batches_per_epoch"] = own.batches_per_epoch
 
 
 def _check_same_machine(entry: dict[str, Any], recipe: Recipe, path: Path) -> None:
@@ -83,31 +122,8 @@ def _check_same_machine(entry: dict[str, Any], recipe: Recipe, path: Path) -> No
         )
 
 
-def _measure(recipes: dict[str, Recipe], progress: Callable[[str, int, int], None]) -> dict[str, Speed]:
-    turns = iter(range(ROUNDS * len(recipes)))
-    return measure_speeds(
-        recipes, ROUNDS, lambda arm: progress(f"measuring the speed of {arm}", next(turns), ROUNDS * len(recipes))
-    )
-
-
-def _speed(entry: dict[str, Any]) -> Speed:
-    speed = entry["speed"]
-    return Speed(tuple(speed["step"]), tuple(speed["latency"]), speed["batches_per_epoch"])
-
-
-def _rescaled(speed: Speed, reference_now: Speed, reference_before: Speed) -> Speed:
-    """The speed as it would have been in the turns when the reference was measured first."""
-    step = zip(speed.step, reference_now.step, reference_before.step, strict=True)
-    latency = zip(speed.latency, reference_now.latency, reference_before.latency, strict=True)
-    return Speed(
-        tuple(own / now * before for own, now, before in step),
-        tuple(own / now * before for own, now, before in latency),
-        speed.batches_per_epoch,
-    )
-
-
 def _what_speed_depends_on(recipe: Recipe) -> dict[str, Any]:
-    content = {key: getattr(recipe, key) for key in (*_SECTIONS, *OPTIONS) if key not in _NO_MATTER}
+    content = {key: getattr(recipe, key) for key in keys("speed")}
     content["train_dataset"] = {key: value for key, value in recipe.train_dataset.items() if key != "root"}
     return json.loads(json.dumps(content, default=str))
 

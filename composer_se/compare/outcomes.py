@@ -15,33 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from composer_se.errors import UserError
-from composer_se.recipe.failed_writes import replace_file
+from composer_se.errors import UserError, one_line
+from composer_se.files import replace_file
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.messages import one_line
 from composer_se.recipe.run_folder import describe_changes
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.schema import Recipe, free_to_change
 
 __all__ = ["Outcome", "accuracy_after", "keep_outcome", "kept_outcome", "read_json", "read_outcome"]
-
-# What changes neither the weights nor the accuracy.
-_MAY_CHANGE = (
-    "run_folder",
-    "save_folder",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-    "callbacks",
-    "loggers",
-    "dist_timeout",
-    "progress_bar",
-    "log_to_console",
-    "console_log_interval",
-    "python_log_level",
-    "train_dataset.num_workers",
-    "train_dataset.root",
-    "eval_dataset.num_workers",
-    "eval_dataset.root",
-)
 
 _ACCURACY = "metrics/eval/MulticlassAccuracy"
 
@@ -155,7 +135,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 
 def _check_same(stored: dict[str, Any], recipe: Recipe, kept: Path) -> None:
-    changed = describe_changes(stored, _plain(recipe), _MAY_CHANGE)
+    changed = describe_changes(stored, _plain(recipe), free_to_change(when_resumed=False))
     if changed:
         raise UserError(
             f"{kept}: belongs to another recipe, which can't be continued with this one: {changed}; "

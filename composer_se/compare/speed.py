@@ -1,4 +1,4 @@
-"""How fast each arm trains and infers, measured in turns so that the drift of the machine favours none.
+"""How fast an arm trains and infers, measured in short turns so that the drift of the machine favours no arm.
 
 The runs themselves are too far apart in time for that: on a shared machine one hour's steps are 10 % slower than the
 next hour's, where the arms differ by less. A turn trains some steps of the real recipe, data loading and algorithms
@@ -8,8 +8,6 @@ the ends of epochs and what it keeps from one to the next, such as frozen layers
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import mean, median
 from time import perf_counter
@@ -18,41 +16,23 @@ import torch
 from composer import Callback, State, Trainer
 from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
-from composer.models import ComposerClassifier
 from torch import nn
 
-from composer_se.cost.steps import inference_step
-from composer_se.cost.timing import steps_per_visit, synchronize
 from composer_se.errors import UserError
-from composer_se.recipe.agreement import from_rank_zero
-from composer_se.recipe.build import Parts, algorithm_named, build_parts, num_classes
-from composer_se.recipe.end_trainer import end_trainer, release_memory
-from composer_se.recipe.run_plan import make_plan
-from composer_se.recipe.schema import Recipe
+from composer_se.measure.steps import inference_step
+from composer_se.measure.timing import steps_per_visit, synchronize
+from composer_se.recipe.distributed import from_rank_zero
+from composer_se.recipe.schema import Recipe, keys
+from composer_se.recipe.trainer import Parts, build_parts, end_trainer, make_trainer, release_memory
+from composer_se.recipe.validate import make_plan
 
-__all__ = ["OPTIONS", "ROUNDS", "Speed", "measure_speeds"]
+__all__ = ["Speed", "Turn", "steps_per_turn", "take_turn"]
 
-ROUNDS = 8
 TURN_SECONDS = 3.0
 LEAST_STEPS, MOST_STEPS = 8, 400
 
-# Of the Trainer's options those that a step's time depends on.
-OPTIONS = (
-    "seed",
-    "max_duration",
-    "train_subset_num_batches",
-    "scale_schedule_ratio",
-    "step_schedulers_every_batch",
-    "device",
-    "precision",
-    "precision_config",
-    "device_train_microbatch_size",
-    "deterministic_mode",
-    "dist_timeout",
-    "ddp_sync_strategy",
-    "parallelism_config",
-    "compile_config",
-)
+# Of the Trainer's options those that a step's time depends on, and what a turn needs beside them.
+_OPTIONS = (*keys("trainer", "speed"), "seed", "dist_timeout")
 
 
 @dataclass(frozen=True)
@@ -70,43 +50,19 @@ class Speed:
     batches_per_epoch: int
 
 
-def measure_speeds(recipes: Mapping[str, Recipe], rounds: int, advance: Callable[[str], None]) -> dict[str, Speed]:
-    """Measures the arms in turns, in an order drawn anew for each round.
-
-    Args:
-        recipes: Arm name to recipe.
-        rounds: Turns of every arm.
-        advance: Called with the arm's name before each turn.
-
-    Returns:
-        Arm name to speed; under the launcher those of rank zero, on all ranks.
-
-    Raises:
-        UserError: A recipe can't be built.
-    """
-    order = list(recipes)
-    calibration = _take_turn(order[0], recipes[order[0]], 0.0, LEAST_STEPS)
-    steps = from_rank_zero(lambda: _steps_per_turn(calibration.step))
-    turns: dict[str, list[_Turn]] = {name: [] for name in recipes}
-    shuffle = random.Random(0).shuffle
-    for turn in range(rounds):
-        shuffle(order)
-        for name in order:
-            advance(name)
-            turns[name].append(_take_turn(name, recipes[name], (turn + 0.5) / rounds, steps))
-            release_memory()
-    speeds = {
-        name: Speed(tuple(t.step for t in taken), tuple(t.latency for t in taken), taken[0].batches_per_epoch)
-        for name, taken in turns.items()
-    }
-    return from_rank_zero(lambda: speeds)
-
-
 @dataclass(frozen=True)
-class _Turn:
+class Turn:
+    """One turn of one arm: the numbers of `Speed` for this turn."""
+
     step: float
     latency: float
     batches_per_epoch: int
+
+
+def steps_per_turn(name: str, recipe: Recipe) -> int:
+    """How many steps fill a turn, from a short turn of one arm; the same number on all ranks."""
+    seconds = take_turn(name, recipe, 0.0, LEAST_STEPS).step
+    return from_rank_zero(lambda: min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds))))
 
 
 class _Stopwatch(Callback):
@@ -127,40 +83,50 @@ class _Stopwatch(Callback):
             state.stop_training()
 
 
-def _take_turn(name: str, recipe: Recipe, share: float, steps: int) -> _Turn:
-    """Infers, then trains some steps from a point of the run's duration on."""
+def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
+    """Times inference, then some training steps.
+
+    Args:
+        name: Of the arm.
+        recipe: Its recipe.
+        share: Where in the run's duration the steps are taken, from 0 to 1.
+        steps: How many are trained; the first quarter of them is not timed.
+
+    Returns:
+        The times; under the launcher those of rank zero, on all ranks.
+
+    Raises:
+        UserError: The recipe can't be built.
+    """
     stopwatch = _Stopwatch(steps)
     try:
         trainer, parts = _build(recipe, stopwatch)
     except UserError as error:
         raise UserError(f"--arm {name}: {error}") from error
-    state = trainer.state
-    batches_per_epoch = int(state.dataloader_len or len(parts.train_loader))
+    state, loader = trainer.state, parts.train_loader
+    assert loader is not None
+    batches_per_epoch = int(state.dataloader_len or len(loader))
     # Before training: its data workers would still be fetching beside the inference, which took up to twice as long.
-    latency = _latency(parts.network, torch.as_tensor(parts.train_loader.dataset[0][0])[None], state)
+    latency = _latency(parts.network, torch.as_tensor(loader.dataset[0][0])[None], state)
     state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
     trainer.fit()
     untimed = len(stopwatch.seconds) // 4  # the first steps allocate, and wait for the data workers
     end_trainer(trainer)
-    return _Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch)
+    release_memory()
+    return from_rank_zero(lambda: Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch))
 
 
 def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
     plan = make_plan(recipe)
-    algorithms = [component.build() for component in plan.algorithms]
     parts = build_parts(recipe, plan)
-    with algorithm_named(algorithms, plan):
-        trainer = Trainer(
-            model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
-            train_dataloader=parts.train_loader,
-            optimizers=parts.optimizer,
-            schedulers=plan.scheduler.build() if plan.scheduler else None,
-            algorithms=algorithms,
-            callbacks=[stopwatch],
-            progress_bar=False,
-            spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
-            **{key: getattr(recipe, key) for key in OPTIONS},
-        )
+    trainer = make_trainer(
+        plan,
+        parts,
+        callbacks=[stopwatch],
+        progress_bar=False,
+        spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
+        **{key: getattr(recipe, key) for key in _OPTIONS},
+    )
     return trainer, parts
 
 
@@ -200,7 +166,3 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
 
 def _device(state: State) -> torch.device:
     return torch.device(state.device.name if state.device.name != "gpu" else "cuda")
-
-
-def _steps_per_turn(seconds_per_step: float) -> int:
-    return min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds_per_step)))

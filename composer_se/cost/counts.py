@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from composer_se.cost.passes import full_size_passes
 from composer_se.cost.saved import saved_bytes
-from composer_se.cost.steps import loss_of, training_step
+from composer_se.measure.steps import loss_of, training_step
 
 __all__ = ["Counts", "count"]
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer_se.cost import statistics
 from composer_se.cost.counts import Counts, count
-from composer_se.cost.machine import Machine, describe_machine
-from composer_se.cost.steps import autocast_context, image_batch, inference_step, training_step
-from composer_se.cost.timing import time_in_turns
+from composer_se.cost.levels import Levels, find_levels, overhead_ratio, time_ratio, typical_seconds
 from composer_se.cost.variants import PLAIN, Variant, make_variants
 from composer_se.errors import UserError
+from composer_se.measure.machine import Machine, describe_machine
+from composer_se.measure.steps import autocast_context, image_batch, inference_step, training_step
+from composer_se.measure.timing import time_in_turns
+from composer_se.measure.uncertainty import Interval
 from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["Settings", "Study", "measure"]
@@ -85,27 +86,27 @@ class Study:
     notes: list[str]
     counts: dict[str, Counts]
     seconds: dict[str, dict[str, list[list[float]]]]
-    levels: dict[str, statistics.Levels] = field(init=False)
+    levels: dict[str, Levels] = field(init=False)
 
     def __post_init__(self) -> None:
-        judged = {kind: statistics.levels(times) for kind, times in self.seconds.items()}
+        judged = {kind: find_levels(times) for kind, times in self.seconds.items()}
         object.__setattr__(self, "levels", judged)
 
     def milliseconds(self, kind: str, variant: str) -> float:
         """The typical time of a variant's step."""
-        return 1e3 * statistics.typical_seconds(self.levels[kind], variant)
+        return 1e3 * typical_seconds(self.levels[kind], variant)
 
-    def ratio(self, kind: str, variant: str) -> statistics.Ratio:
+    def ratio(self, kind: str, variant: str) -> Interval:
         """The time of a variant's step over that of the plain network."""
-        return statistics.compare(self.levels[kind], variant, PLAIN)
+        return time_ratio(self.levels[kind], variant, PLAIN)
 
-    def against(self, kind: str, setting: str) -> statistics.Comparison:
-        """Ours beside Composer's built-in on the same convs; both must have been measured."""
+    def against(self, kind: str, setting: str) -> tuple[Interval, Interval]:
+        """Our time over that of Composer's built-in on the same convs, and our overhead over its overhead."""
         names = {v.code: v.name for v in self.variants if v.min_channels == setting}
         ours, theirs = names["composer-se"], names["composer"]
-        return statistics.Comparison(
-            time=statistics.compare(self.levels[kind], ours, theirs),
-            overhead=statistics.compare_overheads(self.levels[kind], ours, theirs, PLAIN),
+        return (
+            time_ratio(self.levels[kind], ours, theirs),
+            overhead_ratio(self.levels[kind], ours, theirs, PLAIN),
         )
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from composer_se.cost.statistics import Ratio
 from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
+from composer_se.measure.uncertainty import Interval
+from composer_se.show.terminal import new_table
+from composer_se.show.text import to_json
 
 __all__ = ["print_study", "write_json"]
 
@@ -41,7 +40,7 @@ def write_json(study: Study, path: Path) -> None:
         study: The study.
         path: The file to write; it is overwritten.
     """
-    path.write_text(json.dumps(_as_dict(study), indent=2) + "\n")
+    path.write_text(to_json(_as_dict(study)))
 
 
 def _conditions(study: Study) -> str:
@@ -58,12 +57,6 @@ def _conditions(study: Study) -> str:
     return ", ".join(parts)
 
 
-def _table(title: str, caption: str) -> Table:
-    return Table(
-        title=title, caption=caption, box=box.SIMPLE_HEAD, title_justify="left", caption_justify="left", padding=(0, 1)
-    )
-
-
 def _counts_table(study: Study) -> Table:
     compiled = study.settings.compiled
     caption = (
@@ -72,14 +65,11 @@ def _counts_table(study: Study) -> Table:
     )
     if not compiled:
         caption += " Passes: reads and writes of memory as large as the conv's output, per SE layer and step."
-    table = _table("What it needs (× plain)", caption)
-    table.add_column(_SETTING)
+    plain = study.counts[PLAIN]
     heads = ["SE\nlayers", "parameters", "multiply-\nadds", "saved"]
     heads += [] if compiled else ["passes"]
-    plain = study.counts[PLAIN]
     heads += [] if plain.peak_bytes is None else ["peak\nmemory"]
-    for head in heads:
-        table.add_column(head, justify="right")
+    table = new_table("What it needs (× plain)", caption, _SETTING, heads)
     for variant in study.variants:
         counts = study.counts[variant.name]
         cells = [
@@ -97,14 +87,12 @@ def _counts_table(study: Study) -> Table:
 
 
 def _times_table(study: Study) -> Table:
-    table = _table(
+    table = new_table(
         "What it takes (× plain ± resolution)",
-        "Resolution: what two variants of the same code can differ by (95 %), from the spread between "
-        "instances of the same code. A ratio within it shows no difference.",
+        "Resolution: two copies of one network differ by up to this much (95 %). Within it no difference is shown.",
+        _SETTING,
+        list(study.seconds),
     )
-    table.add_column(_SETTING)
-    for kind in study.seconds:
-        table.add_column(kind, justify="right", no_wrap=True)
     for variant in study.variants:
         cells = []
         for kind in study.seconds:
@@ -117,17 +105,16 @@ def _times_table(study: Study) -> Table:
 
 
 def _against_table(study: Study) -> Table:
-    table = _table(
+    table = new_table(
         "Ours over Composer's built-in (± resolution): time, and below it overhead",
         "Same convs, same widths. Overhead: time over plain less 1. Not resolved: the built-in is not slower than "
         "plain beyond the resolution.",
+        _SETTING,
+        list(study.seconds),
     )
-    table.add_column(_SETTING)
-    for kind in study.seconds:
-        table.add_column(kind, justify="right", no_wrap=True)
     for setting in _settings_measured(study):
         compared = [study.against(kind, setting) for kind in study.seconds]
-        table.add_row(setting, *(f"{comparison.time}\n{comparison.overhead}" for comparison in compared))
+        table.add_row(setting, *(f"{time}\n{overhead}" for time, overhead in compared))
     return table
 
 
@@ -190,10 +177,7 @@ def _as_dict(study: Study) -> dict[str, Any]:
             {
                 "min_channels": setting,
                 **{
-                    kind: {
-                        "time": _ratio(study.against(kind, setting).time),
-                        "overhead": _ratio(study.against(kind, setting).overhead),
-                    }
+                    kind: dict(zip(("time", "overhead"), map(_ratio, study.against(kind, setting)), strict=True))
                     for kind in study.seconds
                 },
             }
@@ -203,8 +187,5 @@ def _as_dict(study: Study) -> dict[str, Any]:
     return found
 
 
-def _ratio(ratio: Ratio) -> dict[str, Any]:
-    """A ratio for JSON, which knows no NaN."""
-    values = {key: None if math.isnan(value) else value for key, value in asdict(ratio).items()}
-    resolution = None if math.isnan(ratio.resolution) else ratio.resolution
-    return {**values, "resolution": resolution}
+def _ratio(ratio: Interval) -> dict[str, Any]:
+    return asdict(ratio) | {"resolution": ratio.half_width, "resolved": ratio.excludes(1)}

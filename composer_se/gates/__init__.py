@@ -1,1 +1,1 @@
-"""What the gates of a trained network do on held-out data: the analysis behind `composer-se gates`."""
+"""What the gates of Squeeze-and-Excitation do: observed in a network, analysed per class, drawn and tabulated."""

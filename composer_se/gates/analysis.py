@@ -15,13 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from composer_se.errors import UserError
-from composer_se.gate_statistics import (
-    GateStatistics,
-    describe,
-    gate_terms,
-    observe_logits,
-    se_blocks,
-)
+from composer_se.gates.observe import GateStatistics, describe, gate_terms, observe_logits, se_blocks
+from composer_se.measure.uncertainty import Interval
 
 __all__ = ["Ablation", "Analysis", "LayerGates", "analyse"]
 
@@ -31,19 +26,17 @@ class Ablation:
     """The accuracy when the gates of one layer are fixed.
 
     Attributes:
-        accuracy: Share of the images that are classified rightly.
-        change: Against the accuracy with all gates alive.
-        standard_error: Of the change, from the images whose verdict changes.
+        accuracy: Share of the images that are classified correctly.
+        change: Against the accuracy of the network as it is, with its 95 % interval over images.
     """
 
     accuracy: float
-    change: float
-    standard_error: float
+    change: Interval
 
     @property
     def harmless(self) -> bool:
-        """Whether the accuracy does not fall by more than two standard errors."""
-        return self.change >= -2 * self.standard_error
+        """Whether these images show no loss of accuracy."""
+        return not self.change.high < 0
 
 
 @dataclass(frozen=True)
@@ -178,11 +171,15 @@ def _channel_means(sums: Tensor) -> Tensor:
 
 
 def _compare(before: Tensor, after: Tensor) -> Ablation:
-    n = len(before)
+    """The change of the accuracy, with the interval of Agresti and Min (2005) for paired shares.
+
+    It adds half an image to each outcome, so that it says what n images can't show even where none of them changes.
+    """
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    change = (gained - lost) / n
-    variance = (lost + gained) / n - change**2
-    return Ablation(float(after.double().mean()), change, math.sqrt(variance / n))
+    change = (gained - lost) / len(before)
+    n = len(before) + 2
+    half = 1.96 * math.sqrt(lost + gained + 1 - (gained - lost) ** 2 / n) / n
+    return Ablation(float(after.double().mean()), Interval(change, change - half, change + half))
 
 
 def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:

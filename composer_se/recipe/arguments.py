@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections.abc
 import enum
 import inspect
+import math
 import re
 import types
 import typing
@@ -12,10 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from composer_se.errors import UserError
-from composer_se.recipe.messages import did_you_mean, one_line
+from composer_se.errors import UserError, did_you_mean, one_line
 
-__all__ = ["check_arguments", "construct"]
+__all__ = ["check_arguments", "construct", "type_hints"]
 
 
 def check_arguments(
@@ -45,7 +45,7 @@ def check_arguments(
         if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in supplied
     }
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    hints = _hints(target)
+    hints = type_hints(target)
     converted = {}
     for name, value in given.items():
         if not isinstance(name, str) or (name not in named and (not takes_any or name in supplied)):
@@ -72,10 +72,23 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
         raise
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError, AssertionError) as error:
         message = one_line(error) or type(error).__name__
-        # Where the message begins with the argument it is about, the path goes on to it.
-        argument = next((key for key in kwargs if re.match(rf"`?{re.escape(key)}\b", message)), None)
-        path = f"{path}.{argument}" if argument else path
-        raise UserError(f"{path}: {message}") from error
+        raise UserError(f"{path}{_argument_blamed(message, kwargs)}: {message}") from error
+
+
+def _argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
+    """The end of the path to the argument that a message is about, as far as the message shows it.
+
+    The message begins with the argument's name, or is one of torch's ("Invalid learning rate: -1") and holds the name
+    or the value of a single one.
+    """
+    blamed = [name for name in arguments if re.match(rf"`?{re.escape(name)}\b", message)]
+    if not blamed and message.startswith("Invalid"):
+        words = set(re.findall(r"-?[\w.]+", message))
+        blamed = [name for name in arguments if name in words]
+        if not blamed:
+            values = {name: value if isinstance(value, tuple) else (value,) for name, value in arguments.items()}
+            blamed = [name for name in values if words & set(map(str, values[name]))]
+    return f".{blamed[0]}" if len(blamed) == 1 else ""
 
 
 def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
@@ -91,7 +104,8 @@ def _inherits_catch_all(cls: type) -> bool:
     return owner is not cls and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
 
 
-def _hints(target: Callable[..., Any]) -> dict[str, Any]:
+def type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    """The annotated types of a function's or a class's arguments, as far as they can be resolved."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return typing.get_type_hints(function)
@@ -191,6 +205,8 @@ def _to_float(value: Any) -> float:
         raise ValueError
     if isinstance(value, int):
         return value  # an int is a float to Python's type system, and 64 may mean another thing than 64.0
+    if not math.isfinite(float(value)):
+        raise ValueError
     return float(value)
 
 

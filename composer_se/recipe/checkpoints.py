@@ -1,4 +1,4 @@
-"""The checkpoints of a run on the disk: whether the latest is whole, and which one to fall back on.
+"""Checkpoints on the disk: whether the latest is whole, which one to fall back on, and what else can be loaded.
 
 Composer writes `ep{epoch}-ba{batch}-rank0.pt` under its final name, then removes the link `latest-rank0.pt` and makes
 a new one. A run resumes from what the link points to. A kill or a full disk can leave a file cut short that nothing
@@ -7,17 +7,36 @@ points to; a kill at the wrong moment, whole files and no link; a crash of the m
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shlex
+import traceback
 import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-from composer_se.errors import UserError
-from composer_se.recipe import ranks
-from composer_se.recipe.messages import one_line
+import torch
+from composer.core import Algorithm, Event, State
+from composer.loggers import Logger
+from torch import Tensor, nn
 
-__all__ = ["LATEST", "check_latest", "local_folder", "restore_latest"]
+from composer_se.errors import UserError, one_line
+from composer_se.files import failed_write
+from composer_se.launch import say
+
+__all__ = [
+    "LATEST",
+    "LoadedWeights",
+    "check_latest",
+    "explain_failed_write",
+    "local_folder",
+    "read_plain_weights",
+    "remove_unfinished_checkpoint",
+    "restore_latest",
+]
 
 LATEST = "latest-rank0.pt"
 _NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
@@ -36,7 +55,7 @@ def restore_latest(folder: Path) -> None:
     newest = _newest_whole(folder)
     if newest:
         latest.symlink_to(newest.name)
-        ranks.say(f"{latest}: was missing; it points to {newest.name} again, the newest checkpoint that is whole")
+        say(f"{latest}: was missing; it points to {newest.name} again, the newest checkpoint that is whole")
 
 
 def check_latest(folder: Path) -> None:
@@ -85,3 +104,121 @@ def _find_fault(checkpoint: Path) -> str | None:
     except Exception as error:  # zipfile has another one for every byte that can be wrong
         return one_line(error) or type(error).__name__
     return f"wrong checksum of its record {garbled}" if garbled else None
+
+
+def explain_failed_write(error: BaseException, run_folder: Path) -> UserError | None:
+    """The complaint about an error that came out of training, if it is that a file can't be written.
+
+    Where the file is a checkpoint, the part of it that was written is deleted. Composer makes `latest-rank0.pt` point
+    to a checkpoint only when it is complete, so the one before is still what the run resumes from.
+
+    Returns:
+        A complaint that names the file, the reason and the room that is left; None when the error is another one.
+    """
+    cause = next((link for link in _chain(error) if isinstance(link, OSError) and link.errno), None)
+    if cause is None:
+        return None
+    checkpoint = remove_unfinished_checkpoint(error)
+    if checkpoint:
+        latest = checkpoint.parent / LATEST
+        origin = f"{latest.resolve().name}, which is intact" if latest.exists() else "the start"
+        return failed_write(checkpoint, cause, checkpoint.parent, origin)
+    if cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        return failed_write(Path(os.fsdecode(cause.filename)) if cause.filename else run_folder, cause, run_folder)
+    return None
+
+
+def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
+    """Deletes the checkpoint whose writing an error or a signal cut short.
+
+    It has to go: torch.save closes the file even then, so that it looks whole, but parts of it are missing. Composer
+    makes the object that writes it, so the name is only found in the error's frames.
+
+    Returns:
+        Its path; None if no checkpoint was being written.
+    """
+    for link in _chain(error):
+        for frame, _ in traceback.walk_tb(link.__traceback__):
+            if frame.f_code.co_name == "_write_checkpoint_file":
+                checkpoint = Path(frame.f_locals["filename"])
+                checkpoint.unlink(missing_ok=True)
+                return checkpoint
+    return None
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those before it: torch.save covers the failure of a write with a complaint of its own."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
+    """What `torch.save(model.state_dict(), ...)` wrote; None for a checkpoint of Composer's, which the Trainer loads.
+
+    Raises:
+        UserError: The file is neither.
+    """
+    if not load_path or not os.path.isfile(load_path):  # noqa: PTH113 - a folder, an object store, a pattern
+        return None
+    try:
+        content = torch.load(load_path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(load_path))
+    except Exception as error:  # unpickling has another one for every byte that can be wrong
+        raise UserError(f"load_path: {load_path}: can't be read ({one_line(error) or type(error).__name__})") from error
+    if isinstance(content, Mapping) and "state" in content:
+        return None
+    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
+        return content
+    raise UserError(
+        f"load_path: {load_path}: is neither a checkpoint nor a state dict, but holds a {type(content).__name__}; "
+        "write one with torch.save(model.state_dict(), ...)"
+    )
+
+
+class LoadedWeights(Algorithm):
+    """Loads a state dict once the other algorithms have changed the network, and before the network is distributed.
+
+    An algorithm, since Composer's callbacks have their turn before the network is changed or after it is distributed.
+
+    Args:
+        weights: The state dict of the network, from before its layers were replaced or after.
+        path: Where it came from, for the messages.
+        strict: Whether every weight of the network must be there, and no other.
+        ignored: Patterns of the names in it that are left alone.
+
+    Raises:
+        UserError: It doesn't fit the network.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], path: str, strict: bool, ignored: Sequence[str]) -> None:
+        self.weights = weights
+        self.path = path
+        self.strict = strict
+        self.ignored = ignored
+
+    def match(self, event: Event, state: State) -> bool:
+        """When the Trainer is made."""
+        return event is Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        """Loads."""
+        network: Any = state.model
+        module: nn.Module = network.module
+        kept = {
+            name: weight
+            for name, weight in self.weights.items()
+            if not any(fnmatchcase(name, pattern) for pattern in self.ignored)
+        }
+        try:
+            missing, unexpected = module.load_state_dict(kept, strict=False)
+        except RuntimeError as error:  # shapes
+            raise UserError(
+                f"load_path: {self.path}: {one_line(error)}; leave such weights out with load_ignore_keys=[...]"
+            ) from error
+        if self.strict and (missing or unexpected):
+            raise UserError(
+                f"load_path: {self.path}: lacks {len(missing)} of the network's weights and holds {len(unexpected)} "
+                f"others ({', '.join([*missing, *unexpected][:3])}, …); load_strict_model_weights=false loads what fits"
+            )
+        if len(unexpected) == len(kept):
+            raise UserError(f"load_path: {self.path}: holds none of the network's weights")

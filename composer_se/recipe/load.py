@@ -1,8 +1,9 @@
-"""Reads a recipe: the YAML file, the overrides of the command line, the schema."""
+"""Reads a recipe: finds the YAML file, applies the overrides of the command line, checks types against the schema."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,23 +11,20 @@ from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import (
-    ConfigKeyError,
-    OmegaConfBaseException,
-)
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
-from composer_se.errors import UserError
-from composer_se.recipe.messages import did_you_mean, one_line
-from composer_se.recipe.schema import COMPONENT_SECTIONS, NAMED_SECTIONS, Recipe
-from composer_se.recipe.shipped import find_recipe
+from composer_se.errors import UserError, did_you_mean, one_line
+from composer_se.recipe.schema import COMPONENT_SECTIONS, NAMED_SECTIONS, Recipe, keys
 
-__all__ = ["as_yaml", "load_recipe"]
+__all__ = ["as_yaml", "find_recipe", "load_recipe", "shipped_recipes"]
 
-_KEYS = [key.name for key in dataclasses.fields(Recipe)]
+_PACKAGE = Path(__file__).resolve().parent.parent
 
 # What PyYAML's and OmegaConf's constructors raise, beside errors of their own, for values such as `2024-13-45`,
 # `!!bool maybe` or lists nested a thousand deep.
 _PARSER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, RecursionError)
+
+_TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
 
 
 def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -52,7 +50,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
             _apply(config, override)
         if OmegaConf.is_missing(config, "run_name"):
             config.run_name = path.stem
-        missing = sorted(OmegaConf.missing_keys(config), key=lambda key: _KEYS.index(re.split(r"[.\[]", key)[0]))
+        missing = sorted(OmegaConf.missing_keys(config), key=lambda key: keys().index(re.split(r"[.\[]", key)[0]))
         if missing:
             raise UserError(f"{missing[0]}: required, but the recipe doesn't set it")
         OmegaConf.resolve(config)
@@ -69,6 +67,42 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 def as_yaml(recipe: Recipe) -> str:
     """The resolved recipe as a YAML file that can be run again."""
     return OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(recipe)))
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """The shipped recipes by name: those inside the installed package, or of the source checkout beside it."""
+    for folder in (_PACKAGE / "yamls", _PACKAGE.parent / "yamls"):
+        if folder.is_dir():
+            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_recipe(recipe: str) -> Path:
+    """Turns what the user typed into the path of a recipe.
+
+    Args:
+        recipe: A path, or the name of a shipped recipe.
+
+    Returns:
+        The path of a file. An existing file wins over a shipped recipe of the same name.
+
+    Raises:
+        UserError: There is no such file and no such shipped recipe.
+    """
+    try:
+        path = Path(recipe).expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, an unknown user after ~, a NUL
+        raise UserError(f"recipe {recipe!r} can't be read: {one_line(error)}") from error
+    shipped = shipped_recipes()
+    if recipe in shipped:
+        return shipped[recipe]
+    if path.is_dir():
+        raise UserError(f"recipe {recipe!r} is a folder; give the path of a YAML file")
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise UserError(f"recipe file {recipe!r} does not exist{did_you_mean(path.stem, shipped)}")
+    raise UserError(f"recipe {recipe!r} is neither a file nor a shipped recipe{did_you_mean(recipe, shipped)}")
 
 
 def _read(path: Path) -> DictConfig:
@@ -110,7 +144,12 @@ def _explain(error: OmegaConfBaseException) -> str:
     key = error.full_key or (str(error.key) if error.key is not None else "recipe")
     problem = one_line(str(error.msg or error).split("\n")[0])
     if isinstance(error, ConfigKeyError) and "." not in key:
-        return f"{key}: unknown key{did_you_mean(key, _KEYS)}"
+        return f"{key}: unknown key{did_you_mean(key, keys())}"
+    if problem.endswith("is not Optional"):
+        return f"{key}: required; it can't be null"
+    wrong_type = re.fullmatch(r"Value (.*) of type .* could not be converted to (\w+)", problem)
+    if wrong_type and wrong_type[2] in _TYPES:
+        return f"{key}: expected {_TYPES[wrong_type[2]]}, got {wrong_type[1]}"
     return f"{key}: {problem}"
 
 
@@ -124,6 +163,8 @@ def _check_values(value: Any, key: str) -> None:
             _check_values(content, f"{key}[{index}]")
     elif isinstance(value, int) and value.bit_length() > 64:
         raise UserError(f"{key}: a number of {value.bit_length()} bits is too large")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{key}: expected a finite number, got {value}")
     elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{key}: {value!r} holds a character that can't be written to a file")
 

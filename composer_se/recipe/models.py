@@ -1,19 +1,22 @@
-"""Networks by name: torchvision's, timm's, and the CIFAR ResNets."""
+"""Networks by name: torchvision's, timm's, the CIFAR ResNets, and functions or classes of the user's."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
+import sys
 import typing
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import torchvision.models
 from torch import nn
 
-from composer_se.errors import UserError
-from composer_se.recipe.arguments import check_arguments, construct
+from composer_se.errors import UserError, did_you_mean, one_line
+from composer_se.recipe.arguments import check_arguments, construct, type_hints
 from composer_se.recipe.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
-from composer_se.recipe.messages import did_you_mean
 
 __all__ = ["build_network", "network_builder", "network_names"]
 
@@ -23,7 +26,8 @@ def build_network(name: str, **kwargs: Any) -> nn.Module:
 
     Args:
         name: A classification model of torchvision (`resnet50`), of timm when installed
-            (`timm/convnext_tiny`), or `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`.
+            (`timm/convnext_tiny`), `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, or a function or class that makes
+            a network, as `package.module:name`; the current folder is looked in too.
         **kwargs: The network's own arguments, such as `num_classes`; for the CIFAR ResNets also `in_channels`.
 
     Raises:
@@ -35,8 +39,6 @@ def build_network(name: str, **kwargs: Any) -> nn.Module:
 
 def network_names() -> list[str]:
     """The names `build_network` knows without timm's, which are `timm/` and a name of `timm.list_models()`."""
-    import torchvision
-
     return torchvision.models.list_models(module=torchvision.models) + list(_CIFAR)
 
 
@@ -44,8 +46,10 @@ def network_builder(name: str) -> Callable[..., nn.Module]:
     """The function that builds a network, with a signature that names the arguments it takes.
 
     Raises:
-        UserError: Unknown name, or a timm model where timm is not installed.
+        UserError: Unknown name, a timm model where timm is not installed, or a module that can't be imported.
     """
+    if ":" in name:
+        return _users_builder(name)
     if name in _CIFAR:
         return _cifar_builder(name, _CIFAR[name])
     if name.startswith("timm/"):
@@ -64,6 +68,35 @@ def _cifar_builder(name: str, depth: int) -> Callable[..., nn.Module]:
         return CIFARResNet(depth, num_classes, in_channels)
 
     build.__name__ = name
+    return build
+
+
+def _users_builder(name: str) -> Callable[..., nn.Module]:
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the current folder by itself
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UserError(
+            f"model.name: {name}: module {module_name!r} can't be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    factory: Any = getattr(module, attribute, None)
+    if not (inspect.isfunction(factory) or inspect.isclass(factory)):
+        raise UserError(f"model.name: {name}: module {module_name!r} has no function or class {attribute!r}")
+
+    def build(**kwargs: Any) -> nn.Module:
+        try:
+            network = factory(**kwargs)
+        except Exception as error:
+            raise UserError(f"model: {name} fails ({type(error).__name__}: {one_line(error)})") from error
+        if not isinstance(network, nn.Module):
+            raise UserError(f"model.name: {name} returned a {type(network).__name__}, expected a torch.nn.Module")
+        return network
+
+    build.__name__ = name
+    build.__signature__ = inspect.signature(factory)  # type: ignore[attr-defined]
+    build.__annotations__ = type_hints(factory)
     return build
 
 
@@ -86,8 +119,6 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
 
 def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
     """Torchvision's builders pass `**kwargs` on to a class; here both signatures are joined into one."""
-    import torchvision
-
     builder = torchvision.models.get_model_builder(name)
     hints = typing.get_type_hints(builder)
     network = hints.pop("return")

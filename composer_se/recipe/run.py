@@ -1,71 +1,51 @@
-"""One training run, from the name of a recipe to the table at its end."""
+"""One training run, from a checked recipe to the table at its end."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
 import shutil
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from composer_se.errors import UserError
-from composer_se.recipe import ranks
-from composer_se.recipe.interruption import exit_code_of
-from composer_se.recipe.load import load_recipe
+from composer import Callback, Trainer
+from composer.utils import dist
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from composer import Callback, Trainer
+from composer_se.errors import UserError, one_line
+from composer_se.launch import say
+from composer_se.recipe.checkpoints import (
+    LoadedWeights,
+    check_latest,
+    explain_failed_write,
+    local_folder,
+    read_plain_weights,
+    remove_unfinished_checkpoint,
+    restore_latest,
+)
+from composer_se.recipe.distributed import SameBuffers, from_rank_zero, join_processes
+from composer_se.recipe.metrics import MetricsFile
+from composer_se.recipe.run_folder import check_unchanged, metrics_file, read_finished, write_recipe, write_summary
+from composer_se.recipe.schema import Recipe, keys
+from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
+from composer_se.recipe.validate import RunPlan, make_plan
+from composer_se.show.text import duration
 
-    from composer_se.recipe.metrics_file import MetricsFile
-    from composer_se.recipe.run_plan import RunPlan
-    from composer_se.recipe.schema import Recipe
+__all__ = ["exit_code_of", "print_summary", "train"]
 
-__all__ = ["log_on_terminal", "run_recipe", "train"]
-
-# Of all that is logged, what the summary tells.
+# Of all that is logged, what the summary holds, and what its table calls it.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
+_WORDS = {
+    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
+    "metrics/eval/CrossEntropy": "held-out cross entropy",
+    "loss/train/total": "last training loss",
+    "throughput/samples_per_sec": "images per second",
+}
 
-
-def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
-    """Trains a recipe, in this process and its siblings under the launcher.
-
-    A run that was killed continues from its last checkpoint. A run that is complete is left alone: its summary is
-    shown again.
-
-    Args:
-        recipe: The path of a YAML file, or the name of a shipped recipe.
-        overrides: `dotted.key=value` strings.
-
-    Returns:
-        The exit code: 0 when the run is complete (now or already before), 130 or 143 when it was interrupted.
-
-    Raises:
-        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
-            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
-    """
-    loaded = load_recipe(recipe, overrides)
-    ranks.share_cores()
-    with log_on_terminal():
-        code = exit_code_of(lambda: _train_and_show(loaded), Path(loaded.run_folder))
-    if code:
-        ranks.say(f"\ncomposer-se: {loaded.run_name}: stopped; the same command continues from the last checkpoint")
-    return code
-
-
-def _train_and_show(recipe: Recipe) -> None:
-    from composer_se.recipe.summary_table import print_summary
-
-    summary, was_finished = train(recipe)
-    if ranks.is_local_rank_zero() if was_finished else _is_global_rank_zero():
-        print_summary(summary)
-    if was_finished:
-        ranks.say(
-            f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
-            "or start anew under another name with run_name=..."
-        )
+# What shells report of SIGINT and SIGTERM, and what Composer's handlers exit with.
+_INTERRUPTED = (130, 143)
 
 
 def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str, Any], bool]:
@@ -79,120 +59,137 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
         The run's summary, as `summary.json` holds it, and whether the run was complete before.
 
     Raises:
-        UserError: As `run_recipe`.
+        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
+            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
     """
-    from composer_se.recipe.end_trainer import end_trainer
-    from composer_se.recipe.run_plan import make_plan
-
     started = time.monotonic()
     plan = make_plan(recipe)
-    finished = _agree_on_run_folder(recipe)
+    join_processes(recipe)
+    finished = from_rank_zero(lambda: _look_at_run_folder(recipe))
     if finished:
         return finished, True
     trainer, metrics = _build(recipe, plan, callbacks)
-    _show_start(recipe, trainer)
+    at = trainer.state.timestamp
+    if int(at.batch):
+        say(f"continuing {recipe.run_folder} from its checkpoint of epoch {int(at.epoch)}, batch {int(at.batch)}")
     if not _is_trained(trainer):
         trainer.fit()
     elif trainer.state.evaluators:
         trainer.eval()  # which was interrupted
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     end_trainer(trainer)
-    if _is_global_rank_zero():
-        from composer_se.recipe.run_folder import write_summary
-
+    if dist.get_global_rank() == 0:
         write_summary(recipe, summary)
-        _write_report(recipe)
     return summary, False
 
 
-@contextlib.contextmanager
-def log_on_terminal() -> Iterator[None]:
-    """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
-    log = logging.getLogger("composer_se")
-    level, propagate = log.level, log.propagate
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
-    log.propagate = False
-    log.setLevel(logging.INFO if ranks.is_local_rank_zero() else logging.WARNING)
-    # Composer says this of every evaluation set whose last batch is not full.
-    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
-    # And this of label smoothing, whose targets add up to one but for rounding.
-    warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
-        log.setLevel(level)
-        log.propagate = propagate
+def exit_code_of(work: Callable[[], object], folder: Path) -> int:
+    """Does work that trains, and tells a signal from a failure.
 
+    Args:
+        work: What to do.
+        folder: Where it writes, for the complaint.
 
-def _agree_on_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Whether there is something to train: the summary of the run if it is complete already.
+    Returns:
+        0 when it came to its end, 130 or 143 when SIGINT or SIGTERM came before.
 
     Raises:
-        UserError: On all ranks: the folder holds another recipe's run, or a latest checkpoint that is damaged.
+        UserError: A file could not be written.
     """
-    from composer_se.recipe.agreement import from_rank_zero, join_processes
-    from composer_se.recipe.checkpoints import check_latest, local_folder, restore_latest
-    from composer_se.recipe.run_folder import check_unchanged, read_finished
+    try:
+        work()
+    except (OSError, RuntimeError, KeyboardInterrupt, SystemExit) as error:
+        code = _interruption_behind(error)
+        if code is not None:
+            remove_unfinished_checkpoint(error)
+            return code
+        complaint = None if isinstance(error, SystemExit) else explain_failed_write(error, folder)
+        if complaint is None:
+            raise
+        raise complaint from error
+    return 0
 
-    def look() -> dict[str, Any] | None:
-        checkpoints = local_folder(recipe.save_folder)
-        if checkpoints:
-            restore_latest(checkpoints)
-        check_unchanged(recipe)
-        finished = read_finished(recipe)
-        if checkpoints and not finished:
-            check_latest(checkpoints)
-        return finished
 
-    join_processes(recipe)
-    return from_rank_zero(look)
+def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the summary of a complete run as a table that fits 80 columns.
+
+    Args:
+        summary: As `summary.json` holds it.
+        console: Where to. Default: stdout.
+    """
+    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
+    table = Table(title=f"{summary['run_name']}: {length}", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", overflow="fold")
+    for name, value in summary["metrics"].items():
+        if name in _WORDS:
+            table.add_row(_WORDS[name], _format(name, value))
+    total, added = summary["parameters"], summary["squeeze_excite_parameters"]
+    table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
+    table.add_row("parameters", f"{total:,}")
+    share = f" (+{added / (total - added):.2%})" if added else ""
+    table.add_row("of these added by SE", f"{added:,}{share}")
+    table.add_row("wall time", duration(summary["wall_seconds"]))
+    table.add_row("folder", summary["run_folder"])
+    (console or Console()).print(table)
+
+
+def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
+    """Whether there is something to train: the summary of the run if it is complete already. For rank zero.
+
+    Raises:
+        UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.
+    """
+    checkpoints = local_folder(recipe.save_folder)
+    if checkpoints:
+        restore_latest(checkpoints)
+    check_unchanged(recipe)
+    finished = read_finished(recipe)
+    if checkpoints and not finished:
+        check_latest(checkpoints)
+    return finished
 
 
 def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tuple[Trainer, MetricsFile]:
-    from composer import Trainer
-    from composer.models import ComposerClassifier
-
-    from composer_se.recipe.build import algorithm_named, build_parts, num_classes
-    from composer_se.recipe.metrics_file import MetricsFile
-    from composer_se.recipe.run_folder import metrics_file, write_recipe
-    from composer_se.recipe.same_buffers import SameBuffers
-    from composer_se.recipe.schema import TRAINER_KEYS
-
-    algorithms = [component.build() for component in plan.algorithms]
     own_callbacks = [component.build() for component in plan.callbacks]
     loggers = [component.build() for component in plan.loggers]
-    scheduler = plan.scheduler.build() if plan.scheduler else None
+    weights = read_plain_weights(recipe.load_path)
     parts = build_parts(recipe, plan)
 
     metrics = MetricsFile(metrics_file(recipe))
-    options = {key: getattr(recipe, key) for key in TRAINER_KEYS}
+    options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
+    loading = []
+    if weights is not None:
+        strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
+        loading = [LoadedWeights(weights, str(recipe.load_path), strict, ignored)]
+        options["load_path"] = None
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
-        with algorithm_named(algorithms, plan):
-            trainer = Trainer(
-                model=ComposerClassifier(parts.network, num_classes=num_classes(parts.network, plan)),
-                train_dataloader=parts.train_loader,
-                eval_dataloader=parts.eval_loader,
-                optimizers=parts.optimizer,
-                schedulers=scheduler,
-                algorithms=algorithms,
-                callbacks=[*own_callbacks, *callbacks, SameBuffers()],
-                loggers=[*loggers, metrics],
-                autoresume=True,
-                save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
-                **options,
-            )
-    except UserError:
-        if _is_global_rank_zero():
+        trainer = make_trainer(
+            plan,
+            parts,
+            loading,
+            eval_dataloader=parts.eval_loader,
+            callbacks=[*own_callbacks, *callbacks, SameBuffers()],
+            loggers=[*loggers, metrics],
+            autoresume=True,
+            save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
+            **options,
+        )
+    except (UserError, RuntimeError) as error:
+        misfit = recipe.load_path and "loading state_dict" in str(error)  # a checkpoint of another network
+        if dist.get_global_rank() == 0 and (misfit or isinstance(error, UserError)):
             _remove(new_folders)
+        if misfit and not isinstance(error, UserError):
+            raise UserError(
+                f"load_path: {recipe.load_path}: {one_line(error)[:300]} …; load_strict_model_weights=false loads what "
+                "fits, load_ignore_keys=[...] leaves weights out"
+            ) from error
         raise
-    if _is_global_rank_zero():
+    if dist.get_global_rank() == 0:
         write_recipe(recipe)
     return trainer, metrics
 
@@ -210,15 +207,6 @@ def _remove(new_folders: list[Path]) -> None:
     with contextlib.suppress(OSError):  # not empty
         for parent in parents:
             parent.rmdir()
-
-
-def _show_start(recipe: Recipe, trainer: Trainer) -> None:
-    timestamp = trainer.state.timestamp
-    if int(timestamp.batch):
-        ranks.say(
-            f"continuing {recipe.run_folder} from its checkpoint of epoch {int(timestamp.epoch)}, "
-            f"batch {int(timestamp.batch)}"
-        )
 
 
 def _is_trained(trainer: Trainer) -> bool:
@@ -246,17 +234,24 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
     }
 
 
-def _write_report(recipe: Recipe) -> None:
-    from composer_se.report import write_report
+def _interruption_behind(error: BaseException | None) -> int | None:
+    """The exit code of the signal behind an error: one that came while a file was written makes its writer complain."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return 130
+        if isinstance(error, SystemExit) and error.code in _INTERRUPTED:  # Composer turns signals into these
+            return int(error.code)
+        error = error.__context__
+    return None
 
-    try:
-        write_report(Path(recipe.run_folder))
-    except Exception:
-        # A run that trained to its end must not look like one that failed.
-        logging.getLogger(__name__).warning("%s: report.html could not be written", recipe.run_folder, exc_info=True)
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
 
 
-def _is_global_rank_zero() -> bool:
-    from composer.utils import dist
-
-    return dist.get_global_rank() == 0
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    if name.endswith("Accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"

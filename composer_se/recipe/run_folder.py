@@ -1,9 +1,9 @@
-"""What a run leaves behind, and what it means for the next run of the same name.
+"""The files of a run folder, and how a later run of the same name resumes from them.
 
 RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
 RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
 RUN_FOLDER/summary.json    written when the run is complete
-RUN_FOLDER/report.html     written then too: all of this to look at
+RUN_FOLDER/report.html     written then too, by the command: all of this to look at
 SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
 """
 
@@ -15,43 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from composer.core import Time, TimeUnit
+
 from composer_se.errors import UserError
-from composer_se.recipe.failed_writes import replace_file
+from composer_se.files import replace_file
 from composer_se.recipe.load import as_yaml, load_recipe
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.schema import Recipe, free_to_change
 
 __all__ = ["check_unchanged", "describe_changes", "metrics_file", "read_finished", "write_recipe", "write_summary"]
-
-# Keys (with everything below them) that a resumed run may change: they move or watch the run, not its weights.
-_MAY_CHANGE = (
-    "max_duration",
-    "run_folder",
-    "save_folder",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-    "eval_dataset",
-    "eval_batch_size",
-    "eval_interval",
-    "eval_subset_num_batches",
-    "callbacks",
-    "loggers",
-    "device",
-    "device_train_microbatch_size",
-    "dist_timeout",
-    "ddp_sync_strategy",
-    "compile_config",
-    "load_path",
-    "load_weights_only",
-    "load_strict_model_weights",
-    "load_ignore_keys",
-    "load_exclude_algorithms",
-    "progress_bar",
-    "log_to_console",
-    "console_log_interval",
-    "python_log_level",
-    "train_dataset.num_workers",
-    "train_dataset.root",
-)
 
 
 def metrics_file(recipe: Recipe) -> Path:
@@ -61,8 +32,6 @@ def metrics_file(recipe: Recipe) -> Path:
 
 def read_finished(recipe: Recipe) -> dict[str, Any] | None:
     """The summary of the run if it is complete, as far as this recipe asks; None otherwise."""
-    from composer.core import Time, TimeUnit
-
     path = Path(recipe.run_folder) / "summary.json"
     if not path.is_file():
         return None
@@ -90,7 +59,10 @@ def check_unchanged(recipe: Recipe) -> None:
             f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
             "choose another name (run_name=...) or delete the folder"
         ) from error
-    changed = describe_changes(dataclasses.asdict(stored), dataclasses.asdict(recipe), _MAY_CHANGE)
+    free = free_to_change(when_resumed=True)
+    if recipe.load_path is None:  # the run has its own checkpoints by now
+        free += ("load_path",)
+    changed = describe_changes(dataclasses.asdict(stored), dataclasses.asdict(recipe), free)
     if changed:
         raise UserError(
             f"run_name: {recipe.run_folder} holds a run of another recipe, which can't be continued with this one: "

@@ -1,13 +1,16 @@
-"""What a recipe may say: its sections, its keys, their types and defaults."""
+"""The keys of a recipe: their types, defaults and meaning, and what the rest of the package has to know of each."""
+
+# ruff: noqa: RUF009 - `_key` makes a new field at each call.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-__all__ = ["COMPONENT_SECTIONS", "NAMED_SECTIONS", "TRAINER_KEYS", "Recipe"]
+__all__ = ["COMPONENT_SECTIONS", "NAMED_SECTIONS", "Recipe", "free_to_change", "keys"]
 
 # Sections that hold one component, chosen by its `name`, beside the component's own arguments.
 NAMED_SECTIONS = ("model", "train_dataset", "eval_dataset", "optimizer", "scheduler")
@@ -15,38 +18,27 @@ NAMED_SECTIONS = ("model", "train_dataset", "eval_dataset", "optimizer", "schedu
 # Sections that hold any number of components: `snake_case name: {its arguments}`.
 COMPONENT_SECTIONS = ("algorithms", "callbacks", "loggers")
 
-# Keys handed to `composer.Trainer` under the same name and with the same meaning.
-TRAINER_KEYS = (
-    "run_name",
-    "seed",
-    "max_duration",
-    "train_subset_num_batches",
-    "eval_interval",
-    "eval_subset_num_batches",
-    "scale_schedule_ratio",
-    "step_schedulers_every_batch",
-    "device",
-    "precision",
-    "precision_config",
-    "device_train_microbatch_size",
-    "deterministic_mode",
-    "dist_timeout",
-    "ddp_sync_strategy",
-    "parallelism_config",
-    "compile_config",
-    "save_folder",
-    "save_interval",
-    "save_num_checkpoints_to_keep",
-    "load_path",
-    "load_weights_only",
-    "load_strict_model_weights",
-    "load_ignore_keys",
-    "load_exclude_algorithms",
-    "progress_bar",
-    "log_to_console",
-    "console_log_interval",
-    "python_log_level",
-)
+# Arguments of a data set that change where and how fast images are read, and not the images.
+_READING = ("num_workers", "root")
+
+# What there is to know of a key. A key with neither `resume` nor `free` decides which weights come out.
+_FACTS = {
+    "trainer",  # goes to `composer.Trainer` under its name
+    "speed",  # the time of a training step depends on it
+    "resume",  # a run that continues may change it: its steps so far would have been the same
+    "free",  # neither weights nor accuracy depend on it
+    "same",  # all arms of a comparison must have it in common
+    "set",  # a comparison sets it itself
+}
+
+
+def _key(default: Any, meaning: str, facts: str = "") -> Any:
+    """One key of a recipe, with its meaning for the reference page and words of `_FACTS`."""
+    metadata = {"meaning": meaning, "facts": frozenset(facts.split())}
+    assert metadata["facts"] <= _FACTS
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass
@@ -58,55 +50,77 @@ class Recipe:
     """
 
     # The parts of the run.
-    model: dict[str, Any] = MISSING
-    train_dataset: dict[str, Any] = MISSING
-    eval_dataset: dict[str, Any] | None = None
-    optimizer: dict[str, Any] = MISSING
-    scheduler: dict[str, Any] | None = None
-    algorithms: dict[str, Any] | None = field(default_factory=dict)
-    callbacks: dict[str, Any] | None = field(default_factory=dict)
-    loggers: dict[str, Any] | None = field(default_factory=dict)
+    model: dict[str, Any] = _key(MISSING, "the network: `name` and its arguments", "speed")
+    train_dataset: dict[str, Any] = _key(MISSING, "the training data: `name`, its arguments, `num_workers`", "speed")
+    eval_dataset: dict[str, Any] | None = _key(None, "the held-out data, likewise; null for none", "resume same")
+    optimizer: dict[str, Any] = _key(MISSING, "the optimizer: `name` and its arguments", "speed")
+    scheduler: dict[str, Any] | None = _key(None, "the learning rate's schedule: `name` and its arguments", "speed")
+    algorithms: dict[str, Any] | None = _key({}, "Composer's algorithms and our SE, by name with arguments", "speed")
+    callbacks: dict[str, Any] | None = _key({}, "Composer's callbacks and our `gate_monitor`, likewise", "free")
+    loggers: dict[str, Any] | None = _key({}, "Composer's loggers; `metrics.jsonl` needs none", "free")
 
     # The run. The name defaults to the recipe's own; everything the run leaves behind is in its folder.
-    run_name: str = MISSING
-    run_folder: str = "runs/${run_name}"
-    seed: int = 17
-    max_duration: int | str = MISSING
+    run_name: str = _key(MISSING, "the run's name; the recipe's own if it isn't given", "trainer set")
+    run_folder: str = _key("runs/${run_name}", "where everything goes", "free set")
+    seed: int = _key(17, "of initial weights, shuffling and augmentation", "trainer set")
+    max_duration: int | str = _key(MISSING, "how long to train: `90ep`, `100ba`, `1000sp`", "trainer speed resume same")
 
     # Batch sizes are global: each of W processes gets a W-th part.
-    train_batch_size: int = MISSING
-    eval_batch_size: int = "${train_batch_size}"  # type: ignore[assignment]
-    train_subset_num_batches: int = -1
+    train_batch_size: int = _key(MISSING, "images per training step, over all processes", "speed")
+    eval_batch_size: int = _key("${train_batch_size}", "images per evaluation step, over all processes", "resume")
+    train_subset_num_batches: int = _key(-1, "training steps of an epoch; -1 for all", "trainer speed same")
 
     # Evaluation, schedule.
-    eval_interval: int | str = "1ep"
-    eval_subset_num_batches: int = -1
-    scale_schedule_ratio: float = 1.0
-    step_schedulers_every_batch: bool | None = None
+    eval_interval: int | str = _key("1ep", "how often to evaluate; 0 for never", "trainer resume")
+    eval_subset_num_batches: int = _key(-1, "steps of an evaluation; -1 for all", "trainer resume same")
+    scale_schedule_ratio: float = _key(1.0, "stretches schedule and duration by a factor", "trainer speed same")
+    step_schedulers_every_batch: bool | None = _key(None, "false: the schedule moves once per epoch", "trainer speed")
 
     # The machine.
-    device: str | None = None
-    precision: str | None = None
-    precision_config: dict[str, Any] | None = None
-    device_train_microbatch_size: int | float | str | None = None
-    deterministic_mode: bool = False
-    dist_timeout: float = 300.0
-    ddp_sync_strategy: str | None = None
-    parallelism_config: dict[str, Any] | None = None
-    compile_config: dict[str, Any] | None = None
+    device: str | None = _key(None, "`cpu`, `gpu`, `mps` or `tpu`; null: the GPU if any", "trainer speed resume")
+    precision: str | None = _key(None, "`fp32`, `amp_bf16`, `amp_fp16`, …; null: Composer's choice", "trainer speed")
+    precision_config: dict[str, Any] | None = _key(None, "settings of 8-bit precision", "trainer speed")
+    device_train_microbatch_size: int | float | str | None = _key(
+        None,
+        "images that a device takes at once; null: its share of the batch; `auto` on a GPU",
+        "trainer speed resume",
+    )
+    deterministic_mode: bool = _key(False, "only operators with reproducible results", "trainer speed")
+    dist_timeout: float = _key(300.0, "seconds to wait for another process", "trainer free")
+    ddp_sync_strategy: str | None = _key(None, "when processes exchange gradients", "trainer speed resume")
+    parallelism_config: dict[str, Any] | None = _key(None, "FSDP and tensor parallelism", "trainer speed")
+    compile_config: dict[str, Any] | None = _key(
+        None, "`torch.compile`'s arguments; null: none", "trainer speed resume"
+    )
 
     # Checkpoints. The last two are kept: the newest, and the one before should the newest be damaged.
-    save_folder: str = "${run_folder}/checkpoints"
-    save_interval: int | str = "1ep"
-    save_num_checkpoints_to_keep: int = 2
-    load_path: str | None = None
-    load_weights_only: bool = False
-    load_strict_model_weights: bool = True
-    load_ignore_keys: list[str] | None = None
-    load_exclude_algorithms: list[str] | None = None
+    save_folder: str = _key("${run_folder}/checkpoints", "where checkpoints go", "trainer free set")
+    save_interval: int | str = _key("1ep", "how often to save a checkpoint", "trainer free")
+    save_num_checkpoints_to_keep: int = _key(2, "older checkpoints are deleted; -1 keeps all", "trainer free")
+    load_path: str | None = _key(None, "a checkpoint to start from, or `torch.save(model.state_dict())`", "trainer")
+    load_weights_only: bool = _key(False, "of a checkpoint, load the weights alone", "trainer resume")
+    load_strict_model_weights: bool = _key(True, "refuse weights that are missing or left over", "trainer resume")
+    load_ignore_keys: list[str] | None = _key(None, "patterns of names in `load_path` to leave out", "trainer resume")
+    load_exclude_algorithms: list[str] | None = _key(None, "the checkpoint's algorithms not to add", "trainer resume")
 
     # What the terminal shows.
-    progress_bar: bool = True
-    log_to_console: bool = False
-    console_log_interval: int | str = "1ba"
-    python_log_level: str | None = None
+    progress_bar: bool = _key(True, "show a progress bar", "trainer free")
+    log_to_console: bool = _key(False, "print metrics", "trainer free")
+    console_log_interval: int | str = _key("1ba", "how often to print them", "trainer free")
+    python_log_level: str | None = _key(None, "the level of Composer's own log", "trainer free")
+
+
+def keys(*facts: str) -> tuple[str, ...]:
+    """The keys of which all of these `_FACTS` hold; without facts all keys."""
+    assert _FACTS.issuperset(facts)
+    return tuple(key.name for key in dataclasses.fields(Recipe) if key.metadata["facts"].issuperset(facts))
+
+
+def free_to_change(*, when_resumed: bool) -> tuple[str, ...]:
+    """Dotted keys that may differ, with all below them, without making a recipe another one.
+
+    Args:
+        when_resumed: In a run that continues. Else in a complete one, whose weights and accuracy are what they are.
+    """
+    reading = tuple(f"{section}.{argument}" for section in ("train_dataset", "eval_dataset") for argument in _READING)
+    return (*keys("free"), *(keys("resume") if when_resumed else ()), *reading)

@@ -9,10 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
 from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
-from composer_se.report import sections
-from composer_se.report.page import page
+from composer_se.report import contents
 
 if TYPE_CHECKING:
     from composer_se.planning import Plan
@@ -40,24 +41,31 @@ def write_report(run_folder: Path) -> Path:
     if not recipe_file.is_file():
         raise UserError(f"{run_folder}: no run folder, it holds no recipe.yaml")
     recipe = load_recipe(str(recipe_file))
-    summary = _read_json(run_folder / "summary.json")
     lines = _read_lines(run_folder / "metrics.jsonl")
-    parts = [
-        sections.outcome(summary),
-        sections.curves(lines),
-        sections.gates_in_training(lines),
-        sections.gates_after_training(
-            _read_json(run_folder / "gates" / "gates.json"), _as_data_url(run_folder / "gates" / "gates.png")
+    gates = run_folder / "gates"
+    html = _template().render(
+        title=recipe.run_name,
+        outcome=contents.outcome(_read_json(run_folder / "summary.json")),
+        curves=contents.curves(lines),
+        gates_in_training=contents.gates_in_training(lines),
+        gates_after_training=contents.gates_after_training(
+            _read_json(gates / "gates.json"), _as_data_url(gates / "gates.png")
         ),
-        sections.plan_of(_plan(recipe)),
-        sections.cost(_read_json(run_folder / "cost.json")),
-        sections.recipe_text(recipe_file.read_text()),
-    ]
+        plan=_plan(recipe),
+        cost=contents.cost(_read_json(run_folder / "cost.json")),
+        recipe=recipe_file.read_text(),
+    )
     target = run_folder / "report.html"
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(page(recipe.run_name, [part for part in parts if part]), encoding="utf-8")
+    temporary.write_text(html, encoding="utf-8")
     temporary.replace(target)
     return target
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("report.html.jinja")
 
 
 def _read_json(path: Path) -> Any:
@@ -84,9 +92,9 @@ def _plan(recipe: Recipe) -> Plan | None:
     import torch
 
     from composer_se.planning import plan
-    from composer_se.recipe.image_size import image_size
+    from composer_se.recipe.data import image_size
     from composer_se.recipe.models import build_network
-    from composer_se.recipe.squeeze_excite import squeeze_excite_options
+    from composer_se.recipe.validate import squeeze_excite_options
 
     options = squeeze_excite_options(recipe)
     if options is None:

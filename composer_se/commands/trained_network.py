@@ -1,0 +1,140 @@
+"""A trained network with held-out images to run it on, from a run's folder or a checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from composer_se.errors import UserError, one_line
+from composer_se.gates.observe import se_blocks
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.loaders import Split
+from composer_se.recipe.schema import Recipe
+from composer_se.recipe.trainer import Parts, build_loader, count_outputs, end_trainer, make_trainer
+from composer_se.recipe.validate import RunPlan, make_plan
+
+__all__ = ["Trained", "load_trained"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network and held-out images.
+
+    Attributes:
+        name: Of the run or the checkpoint.
+        network: In evaluation mode, on its device.
+        batches: Yields (images, labels); can be gone through again.
+        data: Name of the data set.
+        classes: Names of the classes, or None where only their numbers are known.
+        checkpoint: Where the weights come from.
+        run_folder: The run's folder, or None for a checkpoint outside of one.
+    """
+
+    name: str
+    network: nn.Module
+    batches: Iterable[Any]
+    data: str
+    classes: Sequence[str] | None
+    checkpoint: Path
+    run_folder: Path | None
+
+
+def load_trained(source: Path, recipe_name: str | None, data: str | None, device: torch.device) -> Trained:
+    """Loads a run's last checkpoint, or a given one, into the network of its recipe.
+
+    Args:
+        source: A run's folder, or a checkpoint. A checkpoint's recipe is `recipe.yaml` in its folder or the one above.
+        recipe_name: The recipe of a checkpoint outside of a run's folder: a path, or a shipped recipe's name.
+        data: `NAME` or `NAME:ROOT` of the data set whose held-out images are taken. None: the recipe's `eval_dataset`.
+        device: Where the network goes.
+
+    Raises:
+        UserError: Something is missing, does not fit together, or the network has no SE layers.
+    """
+    run_folder = _run_folder(source)
+    if recipe_name is None and run_folder is None:
+        raise UserError(f"{source}: found no recipe.yaml beside or above it; name its recipe with --recipe")
+    loaded = load_recipe(recipe_name or str(Path(run_folder or ".") / "recipe.yaml"))
+    checkpoint = source if source.is_file() else _last_checkpoint(source, loaded)
+    recipe = _for_analysis(loaded, data)
+    plan = make_plan(recipe)
+    assert plan.eval_data is not None
+    split: Split = plan.eval_data.images.build(train=False)
+    network = _load(plan, split, checkpoint, device)
+    if not se_blocks(network):
+        raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")
+    loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, False)
+    name = loaded.run_name if source.is_dir() else source.stem
+    return Trained(name, network, loader, recipe.train_dataset["name"], split.classes, checkpoint, run_folder)
+
+
+def _run_folder(source: Path) -> Path | None:
+    if not source.exists():
+        raise UserError(f"{source}: no such run folder or checkpoint")
+    candidates = [source] if source.is_dir() else source.resolve().parents[:2]
+    found = next((folder for folder in candidates if (folder / "recipe.yaml").is_file()), None)
+    if found is None and source.is_dir():
+        raise UserError(f"{source}: no run folder, it holds no recipe.yaml")
+    return found
+
+
+def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
+    # First where the run is now, then where it was when it was trained.
+    folders = (run_folder / "checkpoints", Path(recipe.save_folder))
+    checkpoint = next((path for folder in folders if (path := folder / "latest-rank0.pt").exists()), None)
+    if checkpoint is None:
+        raise UserError(
+            f"{run_folder}: found no latest-rank0.pt in {' or '.join(map(str, folders))}; name a checkpoint"
+        )
+    return checkpoint
+
+
+def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
+    """The recipe without what only matters for training, and with the data to analyse as its only data."""
+    section = dict(recipe.eval_dataset or {})
+    if data is not None:
+        name, _, root = data.partition(":")
+        section = section if section.get("name") == name else {"name": name}
+        section |= {"root": root} if root else {}
+    elif not section:
+        raise UserError("the recipe has no eval_dataset; name held-out data with --data NAME or --data NAME:ROOT")
+    weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
+    return dataclasses.replace(
+        recipe,
+        model={**recipe.model, **weights},  # the checkpoint brings its own
+        train_dataset=section,
+        eval_dataset=section,
+        callbacks={},
+        loggers={},
+        device=None,
+        precision=None,
+        device_train_microbatch_size=None,
+        load_path=None,
+    )
+
+
+def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -> nn.Module:
+    network = plan.model.build()
+    parts = Parts(network, count_outputs(network, plan, split))
+    try:
+        # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
+        trainer = make_trainer(
+            plan,
+            parts,
+            load_path=str(checkpoint),
+            load_weights_only=True,
+            load_strict_model_weights=True,
+            progress_bar=False,
+            device="cpu",
+        )
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise UserError(f"{checkpoint}: does not fit the recipe's network: {one_line(error)[:300]}") from error
+    loaded: Any = trainer.state.model
+    end_trainer(trainer)
+    return loaded.module.to(device).eval()

@@ -1,0 +1,168 @@
+"""Runs a comparison, or what is left of it, and keeps what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from composer import Callback, State
+from composer.core import Time, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+
+from composer_se.compare.arms import Comparison, lengthened, run_recipes
+from composer_se.compare.kept_speeds import read_or_measure_speeds
+from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
+from composer_se.compare.speed import Speed
+from composer_se.errors import UserError
+from composer_se.measure.machine import Machine
+from composer_se.recipe.distributed import from_rank_zero, join_processes
+from composer_se.recipe.load import load_recipe
+from composer_se.recipe.run import train
+from composer_se.recipe.schema import Recipe
+from composer_se.recipe.trainer import release_memory
+from composer_se.recipe.validate import make_plan
+from composer_se.show.terminal import Progress
+
+__all__ = ["Findings", "check", "run_comparison"]
+
+# Of the training time: what no number of seeds that anybody trains could tell from nothing.
+NEGLIGIBLE = 0.01
+
+# Callbacks that end training before its duration.
+_STOPPERS = ("early_stopper", "threshold_stopper")
+
+
+@dataclass
+class Findings:
+    """What is known so far.
+
+    Attributes:
+        speeds: Arm name to how fast it is.
+        machine: Where the speeds were measured.
+        processes: On how many processes.
+        runs: Arm name to its complete runs of the recipe's length, in the order of the seeds.
+        other_lengths: The reference's runs of other lengths, made to compare at equal training time.
+    """
+
+    speeds: dict[str, Speed]
+    machine: Machine
+    processes: int = 1
+    runs: dict[str, list[Outcome]] = field(default_factory=dict)
+    other_lengths: list[Outcome] = field(default_factory=list)
+
+
+def check(comparison: Comparison) -> None:
+    """Checks every arm before anything is trained or written.
+
+    Raises:
+        UserError: An arm's recipe is wrong.
+    """
+    make_plan(load_recipe(comparison.recipe, comparison.overrides))  # what is wrong in all arms is no arm's fault
+    for name, recipe in run_recipes(comparison, 0).items():
+        try:
+            make_plan(recipe)
+            if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
+                raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
+            for stopper in _STOPPERS:
+                if (recipe.callbacks or {}).get(stopper) is not None:
+                    raise UserError(
+                        f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal "
+                        f"ones; leave it out with callbacks.{stopper}=null"
+                    )
+        except UserError as error:
+            raise UserError(f"--arm {name}: {error}") from error
+
+
+def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
+    """Measures speeds, then trains every arm with every seed, one seed after the other.
+
+    The arms of a seed take turns in an order that moves on from seed to seed. After them the reference is trained
+    once more for as long as the slowest arm takes, and for as short as the fastest, where they differ from it. What
+    was complete before is only read.
+
+    Args:
+        comparison: What is compared, checked.
+        progress: Told of every training step.
+
+    Yields:
+        The findings after the measuring and after each seed: the same object, grown.
+    """
+    reference = comparison.reference.name
+    recipes = run_recipes(comparison, 0)
+    join_processes(recipes[reference])
+    from_rank_zero(lambda: _check_writable(comparison.folder))
+    for index in range(comparison.num_seeds):  # complaints of what was kept come before hours of training
+        for recipe in run_recipes(comparison, index).values():
+            from_rank_zero(lambda recipe=recipe: kept_outcome(recipe, comparison.folder))
+    speeds, machine, processes = read_or_measure_speeds(recipes, reference, comparison.folder, progress)
+    findings = Findings(speeds, machine, processes)
+    yield findings
+    for index in range(comparison.num_seeds):
+        recipes = run_recipes(comparison, index)
+        seed = f"seed {index + 1} of {comparison.num_seeds}"
+        start = index % len(comparison.arms)
+        for arm in (*comparison.arms[start:], *comparison.arms[:start]):
+            outcome = _train(f"{seed}: {arm.name}", recipes[arm.name], comparison.folder, progress)
+            findings.runs.setdefault(arm.name, []).append(outcome)
+        before = findings.runs[reference][-1].batches
+        for batches in other_lengths(comparison, findings):
+            recipe = lengthened(comparison, index, before, batches)
+            what = f"{seed}: {reference} for {batches / before:.2f} of its time"
+            findings.other_lengths.append(_train(what, recipe, comparison.folder, progress))
+        yield findings
+
+
+def _check_writable(folder: Path) -> None:
+    """Complains now rather than after hours."""
+    try:
+        TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())).close()
+    except OSError as error:
+        raise UserError(
+            f"--out {folder}: can't be written ({error.strerror or error}); name another folder, or change that"
+        ) from error
+
+
+def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
+    """In steps of the reference, the longest and the shortest training time among the arms where it is not its own."""
+    reference = comparison.reference.name
+    own = training_seconds(reference, findings)
+    times = [training_seconds(arm.name, findings) for arm in comparison.arms]
+    wanted = [time for time in (min(times), max(times)) if abs(time / own - 1) > NEGLIGIBLE]
+    batches = findings.runs[reference][0].batches
+    lengths = {max(1, round(batches * time / own)) for time in wanted}
+    return sorted(lengths - {batches})
+
+
+def training_seconds(arm: str, findings: Findings) -> float:
+    """What an arm's training takes at the speed measured, evaluations left out."""
+    steps = findings.speeds[arm].step
+    return findings.runs[arm][0].batches * sum(steps) / len(steps)
+
+
+def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outcome:
+    kept = from_rank_zero(lambda: kept_outcome(recipe, folder))
+    if kept:
+        return kept
+    summary, _ = train(recipe, [_Watch(what, progress)])
+    release_memory()
+    outcome = from_rank_zero(lambda: read_outcome(summary, Path(recipe.run_folder), recipe.seed))
+    if dist.get_global_rank() == 0:
+        keep_outcome(outcome, recipe, folder)
+    return outcome
+
+
+class _Watch(Callback):
+    """Tells how far a run is."""
+
+    def __init__(self, what: str, progress: Progress) -> None:
+        self.what = what
+        self.progress = progress
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """After each training step."""
+        elapsed = state.get_elapsed_duration()
+        assert elapsed is not None
+        self.progress(self.what, round(1000 * elapsed.value), 1000)

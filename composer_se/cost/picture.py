@@ -1,0 +1,77 @@
+"""A study as a picture: the cost of each `min_channels`, the choice that the user has to make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from composer_se.cost.study import Study
+from composer_se.cost.variants import PLAIN
+from composer_se.measure.uncertainty import Interval
+from composer_se.show.pictures import COLOURS, GREY, caption_below, legend_above, new_figure, style
+
+__all__ = ["draw"]
+
+_STYLES = {
+    "composer-se": {"label": "composer-se", "color": COLOURS[0], "marker": "o"},
+    "composer": {"label": "Composer's built-in", "color": COLOURS[1], "marker": "s"},
+}
+
+
+def draw(study: Study, path: Path) -> None:
+    """Draws one panel for each kind of step and one for the bytes saved for backward, all on one scale.
+
+    Args:
+        study: The study.
+        path: The file to write; its ending names the format.
+    """
+    codes = [code for code in _STYLES if any(v.code == code for v in study.variants)]
+    panels = {f"{kind}, time": {code: _times(study, kind, code) for code in codes} for kind in study.seconds}
+    panels["saved for backward, bytes"] = {code: _saved(study, code) for code in codes}
+    settings = [v for v in study.variants if v.code == "composer-se"]
+    rows = (len(panels) + 1) // 2
+    figure = new_figure(8, 2 + 2.5 * rows)
+    axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+        axis.axhline(1, color=GREY, linewidth=1, label="plain network")
+        for place, (code, ratios) in enumerate(series.items()):
+            axis.errorbar(
+                [x + 0.16 * (place - (len(series) - 1) / 2) for x in range(len(ratios))],
+                [ratio.value for ratio in ratios],
+                yerr=[[ratio.value - ratio.low for ratio in ratios], [ratio.high - ratio.value for ratio in ratios]],
+                capsize=4,
+                linewidth=1.4,
+                linestyle="none",
+                **_STYLES[code],
+            )
+        axis.set_title(title, fontsize="medium")
+        axis.set_xticks(range(len(settings)), [f"{v.min_channels}\n({len(v.layers)} SE)" for v in settings])
+        axis.set_xlim(-0.5, len(settings) - 0.5)
+        style(axis, grid="y")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis in axes[:, 0]:
+        axis.set_ylabel("ratio to plain")
+    legend_above(figure, axes.flat[0], f"What Squeeze-and-Excitation costs on {study.network}")
+    caption_below(figure, _caption(study), 125)
+    figure.savefig(path, dpi=120)
+
+
+def _times(study: Study, kind: str, code: str) -> list[Interval]:
+    return [study.ratio(kind, v.name) for v in study.variants if v.code == code]
+
+
+def _saved(study: Study, code: str) -> list[Interval]:
+    plain = study.counts[PLAIN].saved_bytes
+    values = [study.counts[v.name].saved_bytes / plain for v in study.variants if v.code == code]
+    return [Interval(value, value, value) for value in values]
+
+
+def _caption(study: Study) -> str:
+    settings = study.settings
+    options = ", ".join(f"{key} {value}" for key, value in settings.shared_options().items())
+    where = study.machine.gpu or f"{study.machine.cpu}, {study.machine.threads} threads"
+    return (
+        "Across: min_channels, and below it the number of SE layers. Bars: what the run can resolve, 95 %; bytes are "
+        f"exact. Batch {settings.batch_size} at {settings.image_size}² pixels, {settings.precision}, {where}, "
+        f"torch {study.machine.torch}; {options}."
+    )

@@ -1,0 +1,105 @@
+"""One process of a launch, before anything heavy is imported: who speaks, and its share of the cores.
+
+Imports nothing but the standard library, so that a command can refuse wrong input at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+
+__all__ = [
+    "available_cores",
+    "is_local_rank_zero",
+    "leave_interrupted",
+    "leave_together",
+    "log_on_terminal",
+    "say",
+    "share_cores",
+]
+
+# Long enough for the slowest process to get as far as the fastest.
+_PATIENCE_SECONDS = 30.0
+
+
+def is_local_rank_zero() -> bool:
+    """Whether this process's output is what the user of this node sees."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def say(message: str) -> None:
+    """Prints one line to stderr, once per node."""
+    if is_local_rank_zero():
+        print(message, file=sys.stderr, flush=True)
+
+
+def leave_together(message: str) -> None:
+    """Reports what made this process give up, so that the user reads it once.
+
+    All processes find the same fault. The launcher ends the others as soon as one has left, and shows their
+    output only if they left by themselves; so the one whose output the user sees goes first. Another process that
+    is still there after a while had a fault of its own, and says so.
+    """
+    if not is_local_rank_zero():
+        # Composer's handler would turn the launcher's SIGTERM into an exit code, which the launcher would report.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(_PATIENCE_SECONDS)
+    print(message, file=sys.stderr, flush=True)
+
+
+def leave_interrupted(message: str) -> None:
+    """Says how an interrupted command goes on. A process whose output the user doesn't see ends here.
+
+    It ends by the signal, not with an exit code: for a code the launcher would print all that the process ever said.
+    """
+    if not is_local_rank_zero():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+    say(message)
+
+
+@contextlib.contextmanager
+def log_on_terminal() -> Iterator[None]:
+    """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
+    log = logging.getLogger("composer_se")
+    level, propagate = log.level, log.propagate
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.addHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO if is_local_rank_zero() else logging.WARNING)
+    # Composer says this of every evaluation set whose last batch is not full.
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
+    # And this of label smoothing, whose targets add up to one but for rounding.
+    warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+def available_cores() -> int:
+    """The number of cores that each process of this node can have for itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def share_cores() -> None:
+    """Divides the cores among the processes of this node, unless the user's environment already does.
+
+    OpenMP reads these variables when torch is imported, so this comes first. Threads that wait without spinning are a
+    safeguard, and have a price. On two cores of which another program had one, a step of the digits recipe's network
+    took 49 ms instead of 114 ms; with nothing beside it, 42 ms instead of 15 ms, where layers are so small that most of
+    the time goes into waking threads (ResNet-18, 8 images of 224 pixels: 7 % more). On a machine of your own, set
+    OMP_WAIT_POLICY=ACTIVE.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(available_cores()))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,76 @@
+"""A number with its 95 % confidence interval, and the two that most measurements end in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+
+from scipy.stats import t
+
+__all__ = ["Interval", "mean_difference", "ratio_of_means", "students_t"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number with its 95 % confidence interval.
+
+    Attributes:
+        value: The number.
+        low: Lower end of the interval. NaN where there is nothing to judge the spread by.
+        high: Upper end, likewise.
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def half_width(self) -> float:
+        """Half the interval; the upper half where the two differ, as they do for ratios of logarithms."""
+        return self.high - self.value
+
+    def excludes(self, value: float) -> bool:
+        """Whether the interval lies on one side of a value. An unknown interval excludes nothing."""
+        return self.low > value or self.high < value
+
+    def with_spread(self, separator: str = " ") -> str:
+        """The number and half its interval: `1.08 ±0.03`."""
+        digits = 2 if not self.half_width < 0.005 else 3
+        return f"{self.value:.{digits}f}{separator}±{self.half_width:.{digits}f}"
+
+    def __str__(self) -> str:
+        """The number as a ratio, which is 1 where there is no difference."""
+        if math.isnan(self.half_width):
+            return "not resolved"
+        shown = self.with_spread()
+        return shown if self.excludes(1) else f"{shown.replace('±', '(within ±')})"
+
+
+def students_t(degrees: int) -> float:
+    """Student's t for 95 %, both sides; NaN for no degrees of freedom."""
+    return float(t.ppf(0.975, degrees))
+
+
+def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """The mean of `ours[i] - theirs[i]`, with Student's t interval over the pairs."""
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    return _around(mean(differences), differences)
+
+
+def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """The mean of `ours` over the mean of `theirs`.
+
+    The interval is that of the linearised ratio (the delta method) over the pairs. What both members of a pair share,
+    such as the state of the machine, cancels.
+    """
+    ratio = mean(ours) / mean(theirs)
+    return _around(ratio, [(a - ratio * b) / mean(theirs) for a, b in zip(ours, theirs, strict=True)])
+
+
+def _around(value: float, deviations: Sequence[float]) -> Interval:
+    if len(deviations) < 2:
+        return Interval(value, math.nan, math.nan)
+    half = students_t(len(deviations) - 1) * stdev(deviations) / math.sqrt(len(deviations))
+    return Interval(value, value - half, value + half)

@@ -1,0 +1,109 @@
+"""Which class a component's name stands for: everything public in Composer, torch's optimizers, and ours."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+from types import ModuleType
+
+from composer_se.errors import UserError, did_you_mean
+
+__all__ = ["components", "resolve"]
+
+# Ours come first, in place of Composer's of the same name, which stays within reach for comparisons.
+_OURS = {
+    "algorithms": {
+        "squeeze_excite": "composer_se.algorithm:SqueezeExcite",
+        "composer_squeeze_excite": "composer.algorithms.squeeze_excite.squeeze_excite:SqueezeExcite",
+    },
+    "callbacks": {"gate_monitor": "composer_se.gate_monitor:GateMonitor"},
+}
+
+# Where the public classes of a section live, and their common base.
+_SOURCES = {
+    "algorithms": (("composer.algorithms",), "composer.core:Algorithm"),
+    "callbacks": (("composer.callbacks",), "composer.core:Callback"),
+    "loggers": (("composer.loggers",), "composer.loggers:LoggerDestination"),
+    "optimizer": (("torch.optim", "composer.optim"), "torch.optim:Optimizer"),
+    "scheduler": (("composer.optim",), "composer.optim:ComposerScheduler"),
+}
+
+# A recipe may leave out what the section already says: `wandb` for `wandb_logger`.
+_SUFFIXES = {"callbacks": "callback", "loggers": "logger", "scheduler": "scheduler"}
+
+
+@functools.cache
+def components(section: str) -> dict[str, type]:
+    """All classes of a section by their canonical snake_case name.
+
+    Args:
+        section: `algorithms`, `callbacks`, `loggers`, `optimizer` or `scheduler`.
+
+    Returns:
+        Name to class. The name is Composer's own spelling where the class has a module to itself (`randaugment`,
+        `ghost_batchnorm`), else the class's name in snake_case.
+    """
+    modules, base_path = _SOURCES[section]
+    base = _import(base_path)
+    found: dict[str, type] = {}
+    for module in map(importlib.import_module, modules):
+        for cls in _public_classes(module):
+            if issubclass(cls, base) and cls is not base:
+                found[_canonical_name(cls, section)] = cls
+    found.update({name: _import(path) for name, path in _OURS.get(section, {}).items()})
+    return found
+
+
+def resolve(section: str, name: str, path: str) -> type:
+    """The class that a name stands for.
+
+    Args:
+        section: As for `components`.
+        name: The component's name. Underscores and a suffix that repeats the section don't matter:
+            `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`.
+        path: The key path of the name, for the message.
+
+    Raises:
+        UserError: No such component.
+    """
+    known = components(section)
+    by_spelling = {}
+    for canonical, cls in known.items():
+        for spelling in _spellings(canonical, section):
+            by_spelling[spelling] = cls
+    wanted = _squash(name)
+    if wanted not in by_spelling:
+        singular = section.removesuffix("s")
+        hint = "; every number is in RUN_FOLDER/metrics.jsonl without any logger" if section == "loggers" else ""
+        raise UserError(f"{path}: unknown {singular} {name!r}{did_you_mean(name, known)}{hint}")
+    return by_spelling[wanted]
+
+
+def _import(path: str) -> type:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _public_classes(module: ModuleType) -> Iterable[type]:
+    names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
+    return (value for value in (getattr(module, name, None) for name in names) if inspect.isclass(value))
+
+
+def _canonical_name(cls: type, section: str) -> str:
+    module = cls.__module__.rpartition(".")[2]
+    suffix = _SUFFIXES.get(section, "")
+    if _squash(module) in (_squash(cls.__name__), _squash(cls.__name__).removesuffix(suffix)):
+        return module
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-zA-Z])", "_", cls.__name__).lower().removesuffix(f"_{suffix}")
+
+
+def _spellings(canonical: str, section: str) -> set[str]:
+    squashed, suffix = _squash(canonical), _SUFFIXES.get(section, "")
+    return {squashed, squashed.removesuffix(suffix), squashed.removesuffix(suffix) + suffix}
+
+
+def _squash(name: str) -> str:
+    return name.replace("_", "").lower()

@@ -1,0 +1,56 @@
+"""What the processes of a run tell each other: only rank zero must see the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from composer_se.errors import UserError
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["SameBuffers", "from_rank_zero", "join_processes"]
+
+T = TypeVar("T")
+
+
+def join_processes(recipe: Recipe) -> None:
+    """Lets the processes of a launch talk to each other; a single process has nobody to talk to."""
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(recipe.device, recipe.dist_timeout)
+
+
+def from_rank_zero(read: Callable[[], T]) -> T:
+    """Calls a function on rank zero alone and returns its value on all ranks.
+
+    Raises:
+        UserError: On all ranks, when rank zero met it.
+    """
+    message: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            message[0] = read()
+        except UserError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message)
+    if message[1]:
+        raise UserError(message[1])
+    return message[0]
+
+
+class SameBuffers(Callback):
+    """Gives all processes rank zero's buffers before an evaluation.
+
+    Distributed training keeps weights equal, but each process updates the running statistics of batch norm with its
+    own images until the next training step. Without this, the processes would measure slightly different networks,
+    and none but rank zero the one that the checkpoint holds.
+    """
+
+    def eval_before_all(self, state: State, logger: Logger) -> None:
+        """Broadcasts the buffers."""
+        if dist.get_world_size() > 1:
+            for buffer in state.model.buffers():
+                dist.broadcast(buffer, src=0)

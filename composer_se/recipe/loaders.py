@@ -1,0 +1,201 @@
+"""From the images of a data set to batches that are the same however often a run was killed.
+
+A random transform is a function of (seed, epoch, index) and of nothing else. So a run that was killed in the middle of
+an epoch sees the same images when it resumes, whatever the number of data workers, and adding a worker or a process
+doesn't change what one image looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from composer.utils import dist
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision.datasets import VisionDataset
+
+from composer_se.launch import available_cores
+
+__all__ = ["EpochIndexSampler", "Images", "SeededImages", "Split", "StreamedImages"]
+
+
+class Split(Protocol):
+    """One split of a data set, ready to be loaded."""
+
+    @property
+    def classes(self) -> Sequence[str] | None:
+        """The names of the classes; None where they are not known before the images are read."""
+        ...
+
+    def example(self) -> Tensor | None:
+        """One image as a network gets it, (C, H, W); None where it would have to be fetched first."""
+        ...
+
+    def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
+        """Makes the loader of this process's share.
+
+        Args:
+            batch_size: Of the whole run; each process gets its equal part.
+            seed: Of shuffling and augmentation. The same on all processes.
+            train: Shuffle, augment by epoch, and drop the samples that fill no batch.
+            num_workers: Worker processes per training process. None leaves the choice to the data set.
+            pin_memory: Whether batches go to a GPU.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """A split whose images can be read in any order: from files or from memory.
+
+    Attributes:
+        images: A map-style data set of (image, label) without transforms.
+        transform: What makes a tensor of an image; None where the images are tensors.
+        needs_workers: Whether reading an image costs enough to be worth processes of its own.
+        classes: The names of the classes.
+    """
+
+    images: Dataset
+    transform: Callable[[Any], Any] | None
+    needs_workers: bool
+    classes: Sequence[str] | None
+
+    def example(self) -> Tensor:
+        """The first image."""
+        return SeededImages(self.images, self.transform, seed=0)[0][0]
+
+    def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
+        """Makes the loader; see `Split`."""
+        if num_workers is None:
+            num_workers = _spare_cores() if self.needs_workers else 0
+        images = SeededImages(self.images, self.transform, seed)
+        if train:
+            world_size, rank = dist.get_world_size(), dist.get_global_rank()
+            sampler: Any = EpochIndexSampler(images, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        else:
+            sampler = dist.get_sampler(images, shuffle=False, drop_last=False)
+        return DataLoader(
+            images,
+            batch_size=batch_size // dist.get_world_size(),
+            sampler=sampler,
+            num_workers=num_workers,
+            drop_last=train,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """A split that is streamed with mosaicml-streaming.
+
+    Attributes:
+        options: The arguments of its `StreamingVisionDataset`, but for those that the loader knows.
+        classes: Not known before the images are read.
+    """
+
+    options: dict[str, Any]
+    classes: None = None
+
+    def example(self) -> None:
+        """Would have to be fetched first."""
+
+    def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
+        """Makes the loader; see `Split`."""
+        from streaming import StreamingDataLoader  # type: ignore[import-not-found]
+        from streaming.vision.base import StreamingVisionDataset  # type: ignore[import-not-found]
+
+        class SeededStream(StreamingVisionDataset):
+            """Seeds each image by (seed, epoch, index), as `SeededImages` does."""
+
+            def __getitem__(self, at: Any) -> Any:
+                if not isinstance(at, (int, np.integer)):
+                    return super().__getitem__(at)
+                with _random_state_kept():
+                    _seed_all(self.shuffle_seed, max(0, self.next_epoch - 1), int(at))
+                    return super().__getitem__(at)
+
+        num_workers = _spare_cores() if num_workers is None else num_workers
+        batch_size //= dist.get_world_size()
+        images = SeededStream(shuffle=train, shuffle_seed=seed, batch_size=batch_size, **self.options)
+        return StreamingDataLoader(
+            images,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            drop_last=train,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+        )
+
+
+class SeededImages(VisionDataset):
+    """A data set of (image, label) with a transform on the image.
+
+    A `VisionDataset`, because Composer's RandAugment, AugMix and ColOut add themselves to the `transform` of one.
+
+    Args:
+        images: The images without transforms.
+        transform: Called on each image.
+        seed: With the epoch and the index it seeds the random generators of torch, NumPy and Python for the
+            transform of one image.
+    """
+
+    def __init__(self, images: Dataset, transform: Callable[[Any], Any] | None, seed: int) -> None:
+        super().__init__(root="", transform=transform)
+        self.images = images
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.images))
+
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, Any]:
+        """One image: plain for an index, reproducibly random for an (epoch, index) of `EpochIndexSampler`."""
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Any, Any]]:
+        """The images of one batch."""
+        with _random_state_kept():
+            return [self._get(index) for index in indices]
+
+    def _get(self, index: int | tuple[int, int]) -> tuple[Any, Any]:
+        epoch, index = index if isinstance(index, tuple) else (0, index)
+        _seed_all(self.seed, epoch, index)
+        image, label = self.images[index]
+        return (image if self.transform is None else self.transform(image)), label
+
+
+class EpochIndexSampler(DistributedSampler):
+    """A `DistributedSampler` that yields (epoch, index), so that data workers know the epoch."""
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:  # type: ignore[override]
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
+
+
+def _seed_all(*entropy: int) -> None:
+    words = np.random.SeedSequence(entropy).generate_state(2)
+    # Not torch.manual_seed: that one also queues a call for CUDA, with a stack trace, each time.
+    torch.default_generator.manual_seed(int(words[0]))
+    np.random.seed(int(words[1]))
+    random.seed(int(words[0]))
+
+
+def _spare_cores() -> int:
+    """The cores of this process but one for training itself, at most 16."""
+    return min(16, max(1, available_cores() - 1))

@@ -1,0 +1,244 @@
+"""Makes what a run trains out of its plan, and puts it into Composer's Trainer: for `train`, `compare` and `gates`."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import composer
+import torch
+from composer.core import Algorithm, Engine, Event, State
+from composer.models import ComposerClassifier
+from composer.utils import dist, reproducibility
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from composer_se.errors import UserError, one_line
+from composer_se.recipe.arguments import construct
+from composer_se.recipe.loaders import Split
+from composer_se.recipe.schema import Recipe
+from composer_se.recipe.validate import Component, DataPlan, RunPlan
+
+__all__ = [
+    "Parts",
+    "build_loader",
+    "build_parts",
+    "count_outputs",
+    "end_trainer",
+    "make_trainer",
+    "release_memory",
+    "try_network",
+]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run trains, before any algorithm changed it.
+
+    Attributes:
+        network: With the same initial weights for a seed, whatever the algorithms.
+        num_classes: The number of its outputs.
+        optimizer: Of the network's parameters; None where nothing is trained.
+        train_loader: This process's share of the training data; None where nothing is trained.
+        eval_loader: Its share of the held-out data, or None.
+    """
+
+    network: nn.Module
+    num_classes: int
+    optimizer: Optimizer | None = None
+    train_loader: DataLoader | None = None
+    eval_loader: DataLoader | None = None
+
+
+def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
+    """Seeds the random generators and builds.
+
+    Raises:
+        UserError: A component rejects a value, the data can't be read, or network and data don't fit.
+    """
+    reproducibility.seed_all(recipe.seed)  # the same initial weights on every rank
+    network = plan.model.build()
+    optimizer = plan.optimizer.build(network.parameters())
+    pin_memory = torch.cuda.is_available() and recipe.device in (None, "gpu")
+    with dist.run_local_rank_zero_first():  # so that one process of each node downloads
+        split = plan.train_data.images.build(train=True)
+        train_loader = build_loader(plan.train_data, split, recipe.train_batch_size, recipe.seed, True, pin_memory)
+        eval_loader = None
+        if plan.eval_data:
+            held_out = plan.eval_data.images.build(train=False)
+            if plan.eval_data.images.target is plan.train_data.images.target:
+                _check_same_classes(split, held_out)
+            eval_loader = build_loader(plan.eval_data, held_out, recipe.eval_batch_size, recipe.seed, False, pin_memory)
+    if len(train_loader) == 0:
+        raise UserError(
+            f"train_batch_size: the training data has fewer than {recipe.train_batch_size} images; "
+            "set a smaller train_batch_size"
+        )
+    return Parts(network, count_outputs(network, plan, split), optimizer, train_loader, eval_loader)
+
+
+def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train: bool, pin_memory: bool) -> DataLoader:
+    """The loader of a split as the recipe asks for it.
+
+    Raises:
+        UserError: The data set rejects a value.
+    """
+    return construct(split.loader, data.images.path, batch_size, seed, train, data.num_workers, pin_memory)
+
+
+def try_network(network: nn.Module, image: Tensor, name: str) -> int:
+    """Runs one image through the network in evaluation mode, and leaves the network as it was.
+
+    Args:
+        network: On the image's device.
+        image: As the training data yields it, (C, H, W).
+        name: The network's name in the recipe.
+
+    Returns:
+        The number of outputs.
+
+    Raises:
+        UserError: The network can't be run on the image, or returns something else than one number per class.
+    """
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.no_grad():
+            outputs = network.eval()(image[None])
+    except (RuntimeError, ValueError, AssertionError) as error:
+        channels, height, width = image.shape
+        raise UserError(
+            f"model: {name} does not take the images of train_dataset, of {channels} channels and {height}x{width} "
+            f"pixels ({one_line(error)}); choose a model for such images, or set its input arguments"
+        ) from error
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        got = f"shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UserError(f"model: {name} returns {got} for one image, expected a tensor of shape (1, classes)")
+    return outputs.shape[1]
+
+
+def make_trainer(plan: RunPlan, parts: Parts, more: Sequence[Algorithm] = (), **options: Any) -> composer.Trainer:
+    """Puts the parts of a run into a Trainer, with the algorithms and the scheduler of its recipe.
+
+    Args:
+        plan: The run's.
+        parts: What it trains.
+        more: Algorithms to apply behind those of the recipe.
+        **options: The Trainer's other arguments.
+
+    Raises:
+        UserError: An algorithm or the scheduler rejects the network or the duration.
+    """
+    return composer.Trainer(
+        model=ComposerClassifier(parts.network, num_classes=parts.num_classes),
+        train_dataloader=parts.train_loader,
+        optimizers=parts.optimizer,
+        schedulers=_build_scheduler(plan.scheduler) if plan.scheduler and parts.optimizer else None,
+        algorithms=[*map(_build_algorithm, plan.algorithms), *more],
+        **options,
+    )
+
+
+def end_trainer(trainer: composer.Trainer) -> None:
+    """Closes the Trainer, stops the data workers of its evaluations, and lets it be collected.
+
+    Composer stops the workers of the training data only, and keeps every Trainer's state, the network, the optimizer
+    and the last batch with it, until the process exits: `close` leaves the function registered that would close it
+    then. The functions of other Trainers are dropped with it, as `atexit` can't tell them apart; those Trainers close
+    when they are collected.
+    """
+    trainer.close()
+    for evaluator in trainer.state.evaluators:
+        loader: Any = evaluator.dataloader.dataloader
+        workers: Any = getattr(loader, "_iterator", None)
+        if hasattr(workers, "_shutdown_workers"):
+            workers._shutdown_workers()
+    atexit.unregister(Engine._close)
+
+
+def release_memory() -> None:
+    """Collects what ended Trainers leave behind: reference cycles, which a GPU's memory does not hurry."""
+    # Saving a checkpoint leaves the network in this cache of torch.
+    getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", lambda: None)()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _build_algorithm(component: Component) -> Algorithm:
+    """An algorithm whose complaint about the network, made while the Trainer is made, names its key."""
+    algorithm = component.build()
+    apply = algorithm.apply
+
+    def named_apply(event: Event, *args: Any) -> Any:
+        try:
+            return apply(event, *args)
+        except (ValueError, TypeError) as error:
+            if event is not Event.INIT:
+                raise
+            raise UserError(f"{component.path}: {one_line(error)}") from error
+
+    algorithm.apply = named_apply
+    return algorithm
+
+
+def _build_scheduler(component: Component) -> Callable[..., float]:
+    """A scheduler whose complaint about the duration names its key."""
+    scheduler = component.build()
+
+    def named_scheduler(state: State, ssr: float = 1.0) -> float:
+        try:
+            return scheduler(state, ssr)
+        except ValueError as error:
+            raise UserError(f"{component.path}: {one_line(error)}") from error
+
+    return named_scheduler
+
+
+def count_outputs(network: nn.Module, plan: RunPlan, split: Split) -> int:
+    """The number of the network's outputs, compared with the classes of the training data."""
+    name = getattr(plan.model.target, "__name__", "the network")
+    image = split.example()
+    if image is None:  # the network's word has to do
+        parameter = inspect.signature(plan.model.target).parameters.get("num_classes")
+        said = plan.model.arguments.get("num_classes", parameter and parameter.default)
+        outputs = getattr(network, "num_classes", said)
+        if not isinstance(outputs, int):
+            raise UserError(f"model: {name} doesn't say how many classes it has; give it an attribute num_classes")
+        return outputs
+    outputs = try_network(network, image, name)
+    classes = split.classes
+    if classes is not None and outputs != len(classes):
+        said = f"model.num_classes: {name} has {outputs} outputs, but train_dataset has {len(classes)} classes"
+        if outputs < len(classes):
+            raise UserError(f"{said}; set model.num_classes={len(classes)}")
+        _warn_once(f"{said}: the other outputs stay unused")
+    return outputs
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """However often `compare` builds the same run."""
+    logging.getLogger(__name__).warning(message)
+
+
+def _check_same_classes(train: Split, held_out: Split) -> None:
+    """Labels are places in the list of classes: a folder more or less would shift them in silence."""
+    ours, theirs = train.classes, held_out.classes
+    if ours is None or theirs is None or list(theirs) == list(ours[: len(theirs)]):
+        return
+    missing: Sequence[str] = sorted(set(ours) ^ set(theirs))
+    raise UserError(
+        f"eval_dataset: its classes are not those of train_dataset ({', '.join(map(repr, missing[:5]))} in one of them "
+        "only), so their numbers differ"
+    )

@@ -1,0 +1,235 @@
+"""Checks a recipe beyond its schema, and turns it into a plan: which class will be called with what.
+
+Nothing is built here: no weights, no data, no file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from composer.core import Precision, Time, TimeUnit
+from composer.loggers import TensorboardLogger
+
+from composer_se.algorithm import SqueezeExcite
+from composer_se.errors import UserError, did_you_mean
+from composer_se.options import SqueezeExciteOptions
+from composer_se.recipe.arguments import check_arguments, construct
+from composer_se.recipe.components import resolve
+from composer_se.recipe.data import find_dataset
+from composer_se.recipe.models import network_builder
+from composer_se.recipe.schema import Recipe
+
+__all__ = ["Component", "RunPlan", "make_plan", "squeeze_excite_options"]
+
+
+@dataclass(frozen=True)
+class Component:
+    """Something to call once everything is checked.
+
+    Attributes:
+        path: Where the recipe asks for it.
+        target: The class or function.
+        arguments: Its checked arguments.
+    """
+
+    path: str
+    target: Callable[..., Any]
+    arguments: dict[str, Any]
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the target; a value it rejects becomes a `UserError` that names the path."""
+        return construct(self.target, self.path, *args, **kwargs, **self.arguments)
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """A data set and how it is loaded."""
+
+    images: Component
+    num_workers: int | None
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """All components of a run."""
+
+    model: Component
+    train_data: DataPlan
+    eval_data: DataPlan | None
+    optimizer: Component
+    scheduler: Component | None
+    algorithms: list[Component] = field(default_factory=list)
+    callbacks: list[Component] = field(default_factory=list)
+    loggers: list[Component] = field(default_factory=list)
+
+
+def make_plan(recipe: Recipe) -> RunPlan:
+    """Checks a recipe and says what it will build.
+
+    Raises:
+        UserError: Naming the key by its full path.
+    """
+    _check_batch_sizes(recipe)
+    _check_machine(recipe)
+    _check_durations(recipe)
+    _check_numbers(recipe)
+    plan = RunPlan(
+        model=_plan_model(recipe.model),
+        train_data=_plan_data("train_dataset", recipe.train_dataset),
+        eval_data=_plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
+        optimizer=_plan_named("optimizer", recipe.optimizer, supplied=("params",)),
+        scheduler=_plan_named("scheduler", recipe.scheduler) if recipe.scheduler else None,
+        algorithms=_plan_section("algorithms", recipe.algorithms),
+        callbacks=_plan_section("callbacks", recipe.callbacks),
+        loggers=_plan_section("loggers", recipe.loggers),
+    )
+    _check_warmup(recipe, plan.scheduler)
+    for logger in plan.loggers:
+        if logger.target is TensorboardLogger:  # which else writes into the current folder
+            logger.arguments.setdefault("log_dir", f"{recipe.run_folder}/tensorboard")
+    path = recipe.load_path
+    if path and "://" not in path and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
+        raise UserError(f"load_path: the file {path!r} does not exist")
+    return plan
+
+
+def _plan_model(section: dict[str, Any]) -> Component:
+    builder = network_builder(section["name"])
+    return Component("model", builder, check_arguments(builder, _without(section, "name"), "model"))
+
+
+def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+    dataset = find_dataset(section["name"], f"{path}.name")
+    loading = {key: value for key, value in section.items() if key == "num_workers"}
+    num_workers = check_arguments(_loader_arguments, loading, path).get("num_workers")
+    if num_workers is not None and num_workers < 0:
+        raise UserError(f"{path}.num_workers: expected 0 or more, got {num_workers}")
+    arguments = check_arguments(dataset.open, _without(section, "name", "num_workers"), path, supplied=("train",))
+    fault = dataset.find_fault(path == "train_dataset", arguments)
+    if fault:
+        raise UserError(f"{path}.{fault[0]}: {fault[1]}")
+    return DataPlan(Component(path, dataset.open, arguments), num_workers)
+
+
+def _loader_arguments(num_workers: int | None = None) -> None:
+    """The signature of what every data set takes beside its own arguments."""
+
+
+def _plan_named(section: str, content: dict[str, Any], supplied: tuple[str, ...] = ()) -> Component:
+    target = resolve(section, content["name"], f"{section}.name")
+    return Component(section, target, check_arguments(target, _without(content, "name"), section, supplied))
+
+
+def _plan_section(section: str, content: dict[str, Any] | None) -> list[Component]:
+    planned = []
+    for name, arguments in (content or {}).items():
+        path = f"{section}.{name}"
+        target = resolve(section, name, path)
+        if arguments is not None:  # null removes a component, but its name is still checked
+            planned.append(Component(path, target, check_arguments(target, arguments, path)))
+    return planned
+
+
+def _without(section: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in section.items() if key not in keys}
+
+
+def _check_batch_sizes(recipe: Recipe) -> None:
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    for key in ("train_batch_size", "eval_batch_size"):
+        batch_size = getattr(recipe, key)
+        if batch_size < 1:
+            raise UserError(f"{key}: expected 1 or more, got {batch_size}")
+        if batch_size % world_size:
+            nearest = max(world_size, round(batch_size / world_size) * world_size)
+            raise UserError(
+                f"{key}: the global batch of {batch_size} can't be divided among {world_size} processes; "
+                f"set {key}={nearest}, say"
+            )
+
+
+def _check_machine(recipe: Recipe) -> None:
+    devices = ("cpu", "gpu", "mps", "tpu")
+    if recipe.device not in (None, *devices):
+        raise UserError(f"device: unknown device {recipe.device!r}{did_you_mean(str(recipe.device), devices)}")
+    has_gpu = torch.cuda.is_available()
+    if recipe.device == "gpu" and not has_gpu:
+        raise UserError("device: gpu, but torch sees no CUDA device here; leave device out or set device=cpu")
+    on_gpu = has_gpu and recipe.device in (None, "gpu")
+
+    size = recipe.device_train_microbatch_size
+    if isinstance(size, str) and size != "auto":
+        raise UserError(f"device_train_microbatch_size: expected a whole number or auto, got {size!r}")
+    if size == "auto" and not on_gpu:
+        raise UserError("device_train_microbatch_size: auto needs a GPU; set a number, or null for no splitting")
+    if isinstance(size, int | float) and not size > 0:  # NaN too
+        raise UserError(f"device_train_microbatch_size: expected more than 0, got {size}")
+
+    precisions = [precision.value for precision in Precision]
+    if recipe.precision not in (None, *precisions):
+        raise UserError(
+            f"precision: unknown precision {recipe.precision!r}{did_you_mean(str(recipe.precision), precisions)}"
+        )
+    on_cpu = recipe.device == "cpu" or (recipe.device is None and not has_gpu)
+    if recipe.precision not in (None, "fp32") and on_cpu:
+        raise UserError(f"precision: Composer trains in fp32 on a CPU, not in {recipe.precision}; set precision=fp32")
+
+
+def _check_durations(recipe: Recipe) -> None:
+    for key in ("max_duration", "eval_interval", "save_interval", "console_log_interval"):
+        value = getattr(recipe, key)
+        try:
+            time = Time.from_input(value, TimeUnit.EPOCH)
+        except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+            raise UserError(f"{key}: expected a duration such as 90ep or 1000ba, got {value!r}") from error
+        if key == "max_duration" and time.unit not in (TimeUnit.EPOCH, TimeUnit.BATCH, TimeUnit.SAMPLE):
+            raise UserError(f"{key}: expected epochs, batches or samples (90ep, 1000ba, 100000sp), got {value!r}")
+        if time.value <= 0 and key != "eval_interval":
+            raise UserError(f"{key}: expected more than 0, got {value!r}")
+
+
+def _check_numbers(recipe: Recipe) -> None:
+    if not 0 <= recipe.seed < 2**32:
+        raise UserError(f"seed: expected 0 to {2**32 - 1}, got {recipe.seed}")
+    for key in ("scale_schedule_ratio", "dist_timeout"):
+        value = getattr(recipe, key)
+        if not 0 < value < math.inf:
+            raise UserError(f"{key}: expected a number above 0, got {value}")
+    if recipe.scale_schedule_ratio != 1 and recipe.scheduler is None:
+        raise UserError("scale_schedule_ratio: there is no scheduler to scale; add one, or change max_duration instead")
+
+
+def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
+    """A warm-up ends and a schedule ends: Composer compares the two, and can't compare epochs with samples."""
+    if scheduler is None or "t_warmup" not in scheduler.arguments:
+        return
+    warmup, end = scheduler.arguments["t_warmup"], scheduler.arguments.get("t_max", "1dur")
+    try:
+        begins, ends, lasts = (
+            Time.from_input(time, TimeUnit.EPOCH).unit for time in (warmup, end, recipe.max_duration)
+        )
+    except (ValueError, RuntimeError, TypeError, OverflowError):
+        return  # the scheduler says so when it is built
+    ends = lasts if ends is TimeUnit.DURATION else ends
+    if begins is not TimeUnit.DURATION and (begins is TimeUnit.SAMPLE) != (ends is TimeUnit.SAMPLE):
+        raise UserError(
+            f"scheduler.t_warmup: {warmup!r} can't be compared with max_duration={recipe.max_duration}; give it "
+            "in the same unit, or as a share of the whole (0.1dur)"
+        )
+
+
+def squeeze_excite_options(recipe: Recipe) -> SqueezeExciteOptions | None:
+    """What a recipe says under ``algorithms.squeeze_excite``, or None where it has none.
+
+    Raises:
+        UserError: If an option is unknown or has a wrong value.
+    """
+    section = (recipe.algorithms or {}).get("squeeze_excite")
+    if section is None:
+        return None
+    return SqueezeExciteOptions(**check_arguments(SqueezeExcite, section, "algorithms.squeeze_excite"))

@@ -1,0 +1,77 @@
+"""One look for all pictures."""
+
+from __future__ import annotations
+
+import math
+from textwrap import fill
+from typing import Any
+
+from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.figure import Figure
+
+__all__ = [
+    "BLACK",
+    "COLOURS",
+    "GREY",
+    "MARKERS",
+    "caption_below",
+    "legend_above",
+    "new_figure",
+    "picture_formats",
+    "style",
+]
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart. It reads on white and on dark pages.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+BLACK = "#000000"
+GREY = "#555555"
+MARKERS = "osD^vPX"
+
+
+def picture_formats() -> set[str]:
+    """The file name endings that a picture can be written with, without the dot."""
+    return set(FigureCanvasBase.get_supported_filetypes())
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty white figure, in inches, that makes room for its labels."""
+    figure = Figure(figsize=(width, height), facecolor="white")
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
+    return figure
+
+
+def style(axis: Any, grid: str = "both") -> None:
+    """Gives an axis a light grid behind its data and no frame above and to the right."""
+    axis.grid(axis=grid, color="#888888", alpha=0.28, linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def legend_above(figure: Any, axis: Any, title: str) -> None:
+    """Puts a title above a figure, and below it the legend of one axis, which stands for all."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        title=_literal(title),
+        title_fontproperties={"weight": "bold", "size": "large"},
+        loc="outside upper center",
+        ncols=math.ceil(len(labels) / math.ceil(len(labels) / 5)),
+        frameon=False,
+    )
+
+
+def caption_below(figure: Any, text: str, width: int) -> None:
+    """Puts small print below a figure.
+
+    Args:
+        figure: The figure.
+        text: Plain text.
+        width: Where its lines are broken, in characters.
+    """
+    figure.supxlabel(fill(_literal(text), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
+
+
+def _literal(text: str) -> str:
+    """Keeps matplotlib from reading mathematics between dollar signs."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,68 @@
+"""Tables and progress on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+__all__ = ["Progress", "new_table", "progress_bar"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as (what is being done, steps done, steps in all; 0 where that is unknown)."""
+
+
+def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
+    """An empty table.
+
+    Args:
+        title: Above it.
+        caption: Below it: what the columns mean.
+        first: Head of the first column, of names, which are broken where they are too long.
+        others: Heads of the other columns, of numbers.
+        side: Spaces on the left of each column.
+    """
+    table = Table(
+        title=escape(title),
+        caption=escape(caption),
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        padding=(0, 1, 0, side),
+    )
+    table.add_column(first, overflow="fold")
+    for head in others:
+        table.add_column(head, justify="right", no_wrap=True)
+    return table
+
+
+@contextmanager
+def progress_bar(*, speaks: bool = True, in_lines: bool = False) -> Iterator[Progress]:
+    """A bar on stderr while work is going on.
+
+    Args:
+        speaks: Whether this process shows it.
+        in_lines: Whether a stderr that is no terminal gets a line for each new thing that is done: for work of hours.
+    """
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Bar(*columns, TimeElapsedColumn(), console=console, transient=True, disable=not speaks) as bar:
+        task = bar.add_task("starting", total=None)
+        current = ""
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal current
+            if what != current:
+                current = what
+                bar.reset(task)
+                if speaks and in_lines and not console.is_terminal:
+                    print(what, file=console.file, flush=True)
+            bar.update(task, description=escape(what), completed=done, total=total or None)
+
+        yield progress

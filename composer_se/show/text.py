@@ -1,0 +1,31 @@
+"""Numbers as text: for people, and for other programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+__all__ = ["duration", "to_json"]
+
+
+def duration(seconds: float) -> str:
+    """A length of time, as a person would say it."""
+    minutes, rest = divmod(seconds, 60)
+    hours, minutes = divmod(int(minutes), 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
+
+
+def to_json(content: Any) -> str:
+    """JSON for a file. NaN, which JSON does not know, becomes null."""
+    return json.dumps(_without_nan(content), indent=1) + "\n"
+
+
+def _without_nan(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _without_nan(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_without_nan(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
