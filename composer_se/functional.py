@@ -16,7 +16,7 @@ from composer_se.selection import (
     HAS_SE,
     Selection,
     check_not_wrapped,
-    is_norm,
+    following_norms,
     select_convs,
 )
 
@@ -73,13 +73,13 @@ def apply_squeeze_excite(
         _warn_of_no_conv(model, selection)
         return {}
     _note_narrow_blocks(selection)
-    followed_by_norm = _convs_before_norm(model)
+    norms = following_norms(model)
     wrappers: dict[nn.Module, SqueezeExciteConv2d] = {}
     for choice in selection.chosen:
         wrappers[choice.conv] = SqueezeExciteConv2d(
             conv=choice.conv,
             latent_channels=choice.latent_channels,
-            followed_by_norm=choice.conv in followed_by_norm,
+            followed_by_norm=choice.conv in norms,
         )
     surgery.replace_module_classes(model, {nn.Conv2d: lambda conv, _: wrappers.get(conv)}, optimizers)
     return {choice.name: wrappers[choice.conv] for choice in selection.chosen}
@@ -131,17 +131,6 @@ def _check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimiz
                 f"{type(optimizer).__name__} holds none of the model's parameters. "
                 "Give the optimizer that was built from this model, or none and build it afterwards."
             )
-
-
-def _convs_before_norm(model: nn.Module) -> set[nn.Module]:
-    """The convs that in every parent are followed by a normalisation layer, by order of registration."""
-    followed: dict[nn.Module, bool] = {}
-    for parent in model.modules():
-        children = [child for child in parent._modules.values() if child is not None]
-        for child, successor in zip(children, [*children[1:], None], strict=False):
-            if isinstance(child, nn.Conv2d):
-                followed[child] = followed.get(child, True) and successor is not None and is_norm(successor)
-    return {conv for conv, before_norm in followed.items() if before_norm}
 
 
 def _warn_of_no_conv(model: nn.Module, selection: Selection) -> None:

@@ -60,7 +60,7 @@ class SqueezeExcite2d(nn.Module):
 
     def excite(self, squeezed: Tensor) -> Tensor:
         """The logits of the gates, (..., C), from the means of the maps, (..., C)."""
-        return self.pool_and_mlp["4"](F.relu(self.pool_and_mlp["2"](squeezed)))
+        return self.pool_and_mlp["4"](F.relu(self.pool_and_mlp["2"](squeezed), inplace=True))
 
 
 class SqueezeExciteConv2d(nn.Module):
@@ -118,16 +118,19 @@ class SqueezeExciteConv2d(nn.Module):
         """The conv's output with every map scaled by its gate."""
         if torch.jit.is_scripting():
             return self.se(self.conv(input))
-        return self._scale(self.conv(input))
+        return self.scale(self.conv(input))
 
     @torch.jit.unused
-    def _scale(self, u: Tensor) -> Tensor:
-        se: Any = self.se
+    def scale(self, u: Tensor) -> Tensor:
+        """The gated form of the conv's output ``u``, which the caller must not use afterwards."""
+        # Not self.conv and self.se, which Python looks for in four places.
+        conv: Any = self._modules["conv"]
+        se: Any = self._modules["se"]
         if ops.takes_plain_formula(u) or not _is_plain(se, SqueezeExcite2d, "forward"):
             return se(u)
-        owned = _is_plain(self.conv, nn.Conv2d, "forward", "_conv_forward")
+        owned = _is_plain(conv, nn.Conv2d, "forward", "_conv_forward")
         if not torch.is_grad_enabled():
-            z = se.excite(ops.mean(u).to(u.dtype))
+            z = se.excite(u.mean((-2, -1)))
             return ops.gate_(u, z) if owned else ops.gate(u, z)
         link = ops.Link()
         through, p = ops.squeeze(u, link)
@@ -168,19 +171,26 @@ class SqueezeExciteConv2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-_KINDS = ("forward_pre", "forward", "backward_pre", "backward")
-_HOOKS = tuple((f"_{kind}_hooks", f"_global_{kind}_hooks") for kind in _KINDS)
-
-
 def _is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
     """Whether calling ``module`` runs these methods of its class and nothing more: nobody else can hold the result.
 
     Hooks on the backward pass, too, hold a view of it. Parametrised modules are plain in this respect.
     """
-    return (
-        isinstance(module, module_class)
-        and all(getattr(type(module), method) is getattr(module_class, method) for method in methods)
-        and module.__dict__.keys().isdisjoint(methods)
-        # torch has no public question for hooks, be they a module's or those of all modules.
-        and not any(getattr(module, own) or getattr(_module, of_all) for own, of_all in _HOOKS)
+    # torch has no public question for hooks. Asked in every layer, so in the quickest way: 3 us of 100 for one image.
+    return not (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or not module.__dict__.keys().isdisjoint(methods)
+    ) and (
+        type(module) is module_class
+        or (
+            isinstance(module, module_class)
+            and all(getattr(type(module), method) is getattr(module_class, method) for method in methods)
+        )
     )

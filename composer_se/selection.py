@@ -216,6 +216,20 @@ def is_norm(module: nn.Module) -> bool:
     return isinstance(module, _NORMS) or "Norm" in type(module).__name__
 
 
+def following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
+    """The norm after each module that has one after it in every parent, by order of registration."""
+    successors: dict[nn.Module, list[nn.Module | None]] = {}
+    for parent in model.modules():
+        children = [child for child in parent._modules.values() if child is not None]
+        for child, successor in zip(children, [*children[1:], None], strict=False):
+            successors.setdefault(child, []).append(successor)
+    return {
+        module: after[0]
+        for module, after in successors.items()
+        if after[0] is not None and all(successor is not None and is_norm(successor) for successor in after)
+    }
+
+
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 

@@ -2,7 +2,7 @@
 
 A row for the plain network and one for each --min-channels: SE layers, parameters, multiply-adds, bytes saved for
 backward, full-size passes, the time of a training step and of inference, each also as a ratio to the plain network,
-with what the run could resolve.
+with what the run could resolve. With --layers, what SE adds to each different layer alone.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--against", choices=("composer",), help="measure Composer's built-in too, on the same convs and widths"
+    )
+    what.add_argument(
+        "--layers", action="store_true", help="measure each different SE layer alone, too (one --min-channels)"
     )
     what.add_argument("--batch-size", type=_positive, default=16, metavar="N", help="images (default: 16)")
     what.add_argument(
@@ -137,6 +140,8 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
     min_channels = DEFAULT_MIN_CHANNELS if network.squeeze_excite is None else (options.min_channels,)
     if args.min_channels is not None:
         min_channels = _min_channels(args.min_channels)
+    if args.layers and len(min_channels) > 1:
+        raise UserError("--layers: measures the layers of one setting; give one --min-channels")
     return Settings(
         min_channels=min_channels,
         squeeze_excite=options,
@@ -149,6 +154,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
         compiled=args.compile,
         instances=args.instances,
         rounds=args.repeats,
+        layers=args.layers,
     )
 
 

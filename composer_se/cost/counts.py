@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from composer_se.cost.passes import full_size_passes
 from composer_se.cost.saved import saved_bytes
 from composer_se.measure.steps import loss_of, training_step
+from composer_se.selection import following_norms
 
 __all__ = ["Counts", "count"]
 
@@ -27,7 +29,7 @@ class Counts:
         multiply_adds: Of one image's forward pass, in convolutions and matrix products.
         saved_bytes: Saved for backward by the forward pass and the loss of one batch. Parameters and buffers are not
             counted; the images, which the first conv saves, are, for the plain network as for the others.
-        passes: Full-size passes that each SE layer adds to a training step, in model order.
+        passes: Full-size passes that each SE layer adds to conv and norm in a training step, in model order.
         peak_bytes: Most GPU memory in use during a training step, weights and gradients included, or None on the CPU.
     """
 
@@ -99,7 +101,7 @@ def _passes(
     image: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> tuple[int, ...]:
-    """The passes of each SE layer, run alone on an input like the one that it has in the network."""
+    """The passes of each SE layer, run alone with its norm on an input like the one that it has in the network."""
     wrappers = [network.get_submodule(name) for name in layers]
     inputs: dict[nn.Module, torch.Tensor] = {}
 
@@ -113,16 +115,16 @@ def _passes(
     network.train()
     for handle in handles:
         handle.remove()
-    return tuple(
-        full_size_passes(
-            wrapper,
-            wrapper.get_submodule("conv"),
-            torch.cat([inputs[wrapper]] * _batch_size_apart(wrapper)),
-            autocast,
-        )
-        for wrapper in wrappers
-        if wrapper in inputs  # a layer that the network never calls passes over nothing
-    )
+    norms = following_norms(network)
+    passes = []
+    for wrapper in wrappers:
+        if wrapper not in inputs:
+            continue  # a layer that the network never calls passes over nothing
+        norm = [copy.deepcopy(norms[wrapper])] if wrapper in norms else []
+        with_se, plain = (nn.Sequential(conv, *norm) for conv in (wrapper, wrapper.get_submodule("conv")))
+        images = torch.cat([inputs[wrapper]] * _batch_size_apart(with_se))
+        passes.append(full_size_passes(with_se, plain, images, autocast))
+    return tuple(passes)
 
 
 def _batch_size_apart(layer: nn.Module) -> int:

@@ -59,16 +59,16 @@ class FullSizePasses(TorchDispatchMode):
 
 
 def full_size_passes(
-    wrapper: nn.Module, conv: nn.Module, inputs: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
+    with_se: nn.Module, plain: nn.Module, inputs: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> int:
     """Counts the full-size passes that SE adds to one conv in one training step, forward and backward.
 
-    The wrapper runs alone on `inputs`, its output receives a gradient that is a tensor of its own, and gradients are
-    taken for `inputs` and all parameters. What the conv alone does on the same input is subtracted.
+    The layer runs alone on `inputs`, its output receives a gradient that is a tensor of its own, and gradients are
+    taken for `inputs` and all parameters. What the layer without SE does on the same input is subtracted.
 
     Args:
-        wrapper: The conv with its SE block.
-        conv: The same conv alone.
+        with_se: The conv with its SE block, and the norm behind it if there is one.
+        plain: The same without SE.
         inputs: What the layer receives in the network, (N, C, H, W).
         autocast: Makes the context of the forward pass.
 
@@ -76,8 +76,8 @@ def full_size_passes(
         Reads plus writes of tensors with as many elements as the conv's output.
     """
     with torch.no_grad(), autocast():
-        numel = conv(inputs).numel()
-    return _passes(wrapper, inputs, numel, autocast) - _passes(conv, inputs, numel, autocast)
+        numel = plain(inputs).numel()
+    return _passes(with_se, inputs, numel, autocast) - _passes(plain, inputs, numel, autocast)
 
 
 def _passes(

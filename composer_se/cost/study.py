@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from composer_se.cost.counts import Counts, count
+from composer_se.cost.layers import LayerTimes, measure_layers
 from composer_se.cost.levels import Levels, find_levels, overhead_ratio, time_ratio, typical_seconds
 from composer_se.cost.variants import PLAIN, Variant, make_variants
 from composer_se.errors import UserError
@@ -24,6 +25,8 @@ __all__ = ["Settings", "Study", "measure"]
 
 # Load average per CPU from which on the machine is called busy.
 BUSY = 0.5
+# A visit to a layer takes a fraction of one to a network.
+ROUNDS_OF_LAYERS = 5
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Settings:
         compiled: Whether networks go through `torch.compile`.
         instances: Copies of each variant; two at least.
         rounds: Visits to each copy for each kind of step.
+        layers: Whether each different SE layer is also measured alone, for the one setting that there then is.
     """
 
     min_channels: tuple[int | str, ...]
@@ -55,6 +59,7 @@ class Settings:
     compiled: bool
     instances: int
     rounds: int
+    layers: bool = False
 
     def shared_options(self) -> dict[str, Any]:
         """The options that all variants with SE share, those left at None aside."""
@@ -76,7 +81,8 @@ class Study:
         counts: Per variant.
         seconds: Per kind of step ("training step", "inference, batch 1", …), per variant, per instance, one time for
             each round.
-        levels: The same, judged.
+        layers: What SE adds to single layers, or None where that was not asked for.
+        levels: The times of the steps, judged.
     """
 
     network: str
@@ -86,6 +92,7 @@ class Study:
     notes: list[str]
     counts: dict[str, Counts]
     seconds: dict[str, dict[str, list[list[float]]]]
+    layers: LayerTimes | None
     levels: dict[str, Levels] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -170,6 +177,17 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
         )
         advance("counting")
 
+    layer_times = None
+    if settings.layers:
+        layer_times = measure_layers(
+            _prepare(variants[1].build(), settings),
+            images,
+            precision=settings.precision,
+            compiled=settings.compiled,
+            against_composer=settings.against_composer,
+            rounds=ROUNDS_OF_LAYERS * settings.rounds,
+            progress=progress,
+        )
     networks = _instances(variants, settings)
     called = {
         name: [network if compile_network is None else compile_network(network) for network in instances]
@@ -209,7 +227,7 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
             size,
             lambda name, i, batch=batch: lambda: inference_step(called[name][i], batch, autocast),
         )
-    return Study(name, settings, machine, variants, notes, counts, seconds)
+    return Study(name, settings, machine, variants, notes, counts, seconds, layer_times)
 
 
 def _prepare(network: nn.Module, settings: Settings) -> nn.Module:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from composer_se.cost.layers import BUILT_IN, NORM, OURS, LayerTimes
 from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN
 from composer_se.measure.uncertainty import Interval
@@ -29,6 +31,9 @@ def print_study(study: Study, console: Console) -> None:
     console.print(_times_table(study))
     if study.settings.against_composer:
         console.print(_against_table(study))
+    if study.layers is not None:
+        for mode in study.layers.seconds:
+            console.print(_layers_table(study.layers, mode))
     for note in study.notes:
         console.print(f"Note: {note}", highlight=False)
 
@@ -118,6 +123,27 @@ def _against_table(study: Study) -> Table:
     return table
 
 
+def _layers_table(times: LayerTimes, mode: str) -> Table:
+    variants = [variant for variant in (NORM, OURS, BUILT_IN) if variant in times.seconds[mode]]
+    table = new_table(
+        f"Layer by layer, {mode}: milliseconds",
+        "The norm alone, and what SE adds to it; medians over rounds in random order. The conv is not run. In the sum "
+        "each layer counts as often as the network has it; a share is followed by its 95 % interval.",
+        "map",
+        ["×", "width", "norm", *(f"+ {variant}" for variant in variants[1:])],
+    )
+    for i, kind in enumerate(times.kinds):
+        cells = [f"{times.milliseconds(mode, variant, i):.2f}" for variant in variants]
+        shape = f"{kind.channels}×{kind.height}×{kind.width}" + ("" if kind.norm != "none" else ", no norm")
+        table.add_row(shape, str(kind.count), str(kind.latent_channels), *cells)
+    sums = [f"{1e3 * median(times.added(mode, variant)):.1f}" for variant in variants[1:]]
+    alone = sum(kind.count * times.milliseconds(mode, NORM, i) for i, kind in enumerate(times.kinds))
+    table.add_row("sum", str(sum(kind.count for kind in times.kinds)), "", f"{alone:.1f}", *sums, style="bold")
+    if BUILT_IN in variants:
+        table.add_row("ours over the built-in", "", "", "", times.share(mode).with_spread(), "")
+    return table
+
+
 def _settings_measured(study: Study) -> list[str]:
     return [v.min_channels for v in study.variants if v.code == "composer-se" and v.min_channels is not None]
 
@@ -183,8 +209,24 @@ def _as_dict(study: Study) -> dict[str, Any]:
             }
             for setting in _settings_measured(study)
         ]
+    if study.layers is not None:
+        found["layers"] = _layers_as_dict(study.layers)
     found["seconds"] = study.seconds
     return found
+
+
+def _layers_as_dict(times: LayerTimes) -> dict[str, Any]:
+    modes = {}
+    for mode, seconds in times.seconds.items():
+        variants = [variant for variant in (NORM, OURS, BUILT_IN) if variant in seconds]
+        modes[mode] = {
+            "milliseconds": {
+                variant: [times.milliseconds(mode, variant, i) for i in range(len(times.kinds))] for variant in variants
+            },
+            "added": {variant: times.added(mode, variant) for variant in variants[1:]},
+            "share": asdict(times.share(mode)) if BUILT_IN in variants else None,
+        }
+    return {"kinds": [asdict(kind) for kind in times.kinds], "modes": modes, "seconds": times.seconds}
 
 
 def _ratio(ratio: Interval) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from composer_se.functional import apply_squeeze_excite
 from composer_se.options import SqueezeExciteOptions
 from composer_se.selection import select_convs
 
-__all__ = ["PLAIN", "Variant", "make_variants"]
+__all__ = ["PLAIN", "Variant", "composers_layers", "make_variants"]
 
 PLAIN = "plain"
 
@@ -96,10 +97,7 @@ def _build_ours(network: nn.Module, options: SqueezeExciteOptions) -> Callable[[
 
 
 def _build_composers(network: nn.Module, widths: Mapping[str, int]) -> Callable[[], nn.Module]:
-    try:
-        from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExciteConv2d
-    except ImportError as error:
-        raise UserError("--against composer: Composer is not installed; pip install mosaicml") from error
+    composers = composers_layers()
 
     def build() -> nn.Module:
         converted = copy.deepcopy(network)
@@ -109,7 +107,7 @@ def _build_composers(network: nn.Module, widths: Mapping[str, int]) -> Callable[
             for name, width in widths.items():
                 conv = converted.get_submodule(name)
                 assert isinstance(conv, nn.Conv2d)
-                wrappers[conv] = SqueezeExciteConv2d(conv=conv, latent_channels=width)
+                wrappers[conv] = composers.SqueezeExciteConv2d(conv=conv, latent_channels=width)
         # A conv may sit in several places; each of them gets the one wrapper.
         for parent in list(converted.modules()):
             for attribute, child in list(parent._modules.items()):
@@ -118,3 +116,16 @@ def _build_composers(network: nn.Module, widths: Mapping[str, int]) -> Callable[
         return converted
 
     return build
+
+
+def composers_layers() -> Any:
+    """Composer's module with the layers of its built-in algorithm.
+
+    Raises:
+        UserError: Composer is not installed.
+    """
+    try:
+        from composer.algorithms.squeeze_excite import squeeze_excite
+    except ImportError as error:
+        raise UserError("--against composer: Composer is not installed; pip install 'composer-se[composer]'") from error
+    return squeeze_excite

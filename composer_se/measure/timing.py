@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-__all__ = ["steps_per_visit", "synchronize", "time_in_turns"]
+__all__ = ["steps_per_visit", "synchronize", "time_in_turns", "time_step"]
 
 VISIT_SECONDS = 1.0
 LEAST_STEPS, MOST_STEPS = 3, 100
@@ -71,7 +71,7 @@ def time_in_turns(
             step = steps[name][instance]
             for _ in range(untimed):
                 step()
-            seconds[name][instance].append(median(_time(step, device) for _ in range(timed)))
+            seconds[name][instance].append(median(time_step(step, device) for _ in range(timed)))
             leave(name, instance)
             visited()
     return seconds
@@ -79,10 +79,11 @@ def time_in_turns(
 
 def _calibrate(step: Callable[[], object], device: torch.device) -> float:
     step()
-    return _time(step, device)
+    return time_step(step, device)
 
 
-def _time(step: Callable[[], object], device: torch.device) -> float:
+def time_step(step: Callable[[], object], device: torch.device) -> float:
+    """How long one step takes, in seconds, without Python's garbage collection in it."""
     enabled = gc.isenabled()
     gc.disable()
     try:
