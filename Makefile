@@ -33,12 +33,12 @@ check: $(VENV)/dev.stamp ## formatting, lint and types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
+cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
 	    --instances 4 --repeats 3 --json docs/results/cost-resnet50-against-composer.json
 	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 2 \
 	    --json docs/results/cost-resnet50.json --plot docs/cost-resnet50.svg
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/results/study: hours from nothing
 	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/results/study --arm 'no SE' $(NO_SE) --arm 'SE' \
@@ -47,7 +47,7 @@ study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in doc
 	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}' \
 	    --arm 'ratio 1/4 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.25 \
 	    --arm 'ratio 1/16 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.0625
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 # One thread for training, so that the loader's one worker has a core for itself.
 claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
@@ -57,7 +57,7 @@ claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop
 	    --out docs/results/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
 	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/results/claims/selective-backprop-speed $(SELECTIVE_ARMS)
 	$(COMPARE) digits --seeds 5 --out docs/results/claims/selective-backprop $(SELECTIVE_ARMS)
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
 	$(BIN)/python docs/measure_gate_monitor.py
@@ -73,7 +73,6 @@ newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, w
 compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
 	$(PYTEST) --junitxml=build/compatibility.xml tests/test_compat_*.py
 	$(BIN)/python tests/compatibility_table.py build/compatibility.xml > docs/compatibility.md
-	$(BIN)/python docs/update_readme.py
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .
