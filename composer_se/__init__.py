@@ -35,8 +35,8 @@ __version__ = "0.1.0"
 
 register_algorithm()
 
-# Imported when first used. Importing torch takes seconds, and the commands both refuse a wrong recipe before that and
-# set how torch waits for its threads, which it reads when it is imported.
+# Imported when first used, because importing torch takes seconds. Before that, the commands refuse wrong recipes and
+# set OpenMP's variables, which torch reads when it is imported.
 _MODULES = {
     "GateMonitor": "composer_se.gate_monitor",
     "Plan": "composer_se.planning",

@@ -67,11 +67,11 @@ class SqueezeExcite(Algorithm):
 
     @staticmethod
     def required_on_load() -> bool:
-        """A checkpoint of a model with SE loads into a model with SE only."""
+        """True: a checkpoint of a model with SE loads only into a model with SE."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether the event is `Event.INIT`."""
+        """True for `Event.INIT`."""
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -153,10 +153,9 @@ def _warn_of_other_layers(state: State, weights: dict[str, Any], builtin: str) -
         )
 
 
-# A checkpoint stores an algorithm under its qualified name, with its repr. On load Composer takes the name for one of
-# composer.algorithms and, if it finds a class there that is required on load, evaluates "composer.algorithms." + repr.
-# Under the name "SqueezeExcite" it would find its own class and put that on top of ours. Under this name it finds ours,
-# which is also how a user would write it.
+# A checkpoint stores an algorithm under its qualified name, with its repr. On load, Composer looks for a class of that
+# name in composer.algorithms. If the class is required on load, Composer evaluates "composer.algorithms." + repr. Under
+# the name "SqueezeExcite" it would find its own class and add that on top of ours. Under this name it finds ours.
 SqueezeExcite.__qualname__ = "composer_se.SqueezeExcite"
 composer_se = types.SimpleNamespace(SqueezeExcite=SqueezeExcite)  # where pickle looks for that name
 composer.algorithms.composer_se = composer_se  # pyright: ignore[reportAttributeAccessIssue]

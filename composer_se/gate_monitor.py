@@ -1,4 +1,4 @@
-"""A callback that logs what the gates of Squeeze-and-Excitation do while a model trains."""
+"""A callback that logs statistics of the gates of Squeeze-and-Excitation while a model trains."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ OBSERVATIONS_BEFORE_WARNING = 3
 class GateMonitor(Callback):
     """Logs statistics of the gates of every Squeeze-and-Excitation layer.
 
-    Of one training batch per interval, all processes and microbatches together, it logs to every logger of the run, for
-    each layer by the name of its conv (`composer_se.gates.observe.GateStatistics` says more):
+    It observes one training batch per interval, over all processes and microbatches, and logs for each layer, by the
+    name of its conv (`composer_se.gates.observe.GateStatistics` says more):
 
     * ``gates/mean/LAYER``
-    * ``gates/std_over_samples/LAYER``: how far a channel's gate varies with the image;
-    * ``gates/std_over_channels/LAYER``: how far channels differ from each other;
+    * ``gates/std_over_samples/LAYER``: the spread of a channel's gate over images;
+    * ``gates/std_over_channels/LAYER``: the spread over channels;
     * ``gates/share_near_0/LAYER`` and ``gates/share_near_1/LAYER``: gates below 0.05 and above 0.95.
 
     Warns once of a layer whose gates are constant over samples (a fixed scale, which a following normalisation layer
     undoes) or saturated (nearly all near 0 or 1) in three observed batches in a row.
 
-    Everything is computed on the device. Between observed batches nothing is hooked and nothing waits for the device;
-    an observed one costs one reduction over processes and one transfer. A forward pass under `torch.compile` runs
-    uncompiled while it is observed. Evaluation is never observed.
+    It computes on the device. Between observed batches it hooks nothing and does not wait for the device; an observed
+    batch costs one reduction over processes and one transfer. A compiled model runs uncompiled while it is observed.
+    Evaluation is never observed.
 
     Args:
-        interval: How often a batch is observed, in batches (``"50ba"``, or 50) or epochs (``"1ep"``: the first batch of
-            each). The first batch always is. Default: ``"50ba"``.
+        interval: From one observed batch to the next, in batches (``"50ba"``, or 50) or epochs (``"1ep"``: the first
+            batch of each). The first batch is always observed. Default: ``"50ba"``.
 
     Raises:
         ValueError: If the interval is not a positive number of batches or epochs.
@@ -69,7 +69,7 @@ class GateMonitor(Callback):
         self._suspicions: dict[tuple[str, str], int] = {}
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Decides whether the batch is observed."""
+        """Decides if the batch is observed."""
         time = state.timestamp
         if self.interval.unit == TimeUnit.BATCH:
             self._observing = time.batch.value % self.interval.value == 0
@@ -77,7 +77,7 @@ class GateMonitor(Callback):
             self._observing = time.batch_in_epoch.value == 0 and time.epoch.value % self.interval.value == 0
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Starts anew: automatic microbatching runs a batch again when memory did not suffice."""
+        """Clears the sums: automatic microbatching runs a batch again when memory did not suffice."""
         if self._observing:
             self._blocks = se_blocks(state.model)
             self._sums = {}
@@ -95,7 +95,7 @@ class GateMonitor(Callback):
             self._observed_forward.callback(handle.remove)
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Takes the hooks away, so that recomputation in the backward pass and evaluation are not observed."""
+        """Removes the hooks, so that recomputation in the backward pass and evaluation are not observed."""
         self._observed_forward.close()
 
     def batch_end(self, state: State, logger: Logger) -> None:

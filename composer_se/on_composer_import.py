@@ -1,7 +1,7 @@
-"""Makes our algorithm known to Composer as soon as both are imported, and imports Composer for nobody.
+"""Registers our algorithm with Composer as soon as both are imported. Never imports Composer itself.
 
-Composer recreates algorithms that a checkpoint needs from what it finds in `composer.algorithms`, where
-`composer_se.algorithm` puts ours. Importing Composer takes five seconds, and most of this package does without it.
+Composer looks in `composer.algorithms` for the algorithms that a checkpoint needs. `composer_se.algorithm` puts ours
+there. Importing Composer takes five seconds, and most of this package does not need it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["register_algorithm"]
 
 
 def register_algorithm() -> None:
-    """Imports `composer_se.algorithm` now if Composer is imported, else right after it is."""
+    """Imports `composer_se.algorithm`: now if Composer is imported already, else right after Composer."""
     if "composer" in sys.modules:
         importlib.import_module("composer_se.algorithm")
     else:
@@ -27,7 +27,7 @@ def register_algorithm() -> None:
 
 
 class _ComposerFinder(MetaPathFinder):
-    """Stands first among the finders until Composer is imported. Looking it up, as libraries do, is not importing."""
+    """The first finder until Composer is imported. Libraries that only look Composer up do not import it."""
 
     asking = False
 
@@ -48,7 +48,7 @@ class _ComposerFinder(MetaPathFinder):
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
             sys.meta_path.remove(self)
-            # Some other package of that name must stay importable; using ours then says what is wrong.
+            # Another package of that name must stay importable. Ours then raises an error when it is used.
             with contextlib.suppress(ImportError):
                 importlib.import_module("composer_se.algorithm")
 

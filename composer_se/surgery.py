@@ -1,7 +1,8 @@
-"""Swapping modules in a live model, and keeping its optimizers right. Knows nothing of Squeeze-and-Excitation.
+"""Replaces modules in a live model and updates its optimizers. Knows nothing of Squeeze-and-Excitation.
 
-The functions take the arguments of `composer.utils.module_surgery` and can stand in for it. They also handle several
-parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the model.
+The functions take the arguments of those in `composer.utils.module_surgery` and can replace them. They also handle
+several parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the
+model.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ def replace_module_classes(
         policies: Replacement functions by module class, subclasses included. The first that returns a module wins.
         optimizers: Optimizers that hold the model's parameters. Those of replaced modules leave, those of replacements
             join, as `update_params_in_optimizer` does. Default: none.
-        recurse_on_replacements: Whether replacements and their children are offered to the policies too. A policy that
-            always matches its own replacement never ends. Default: ``False``.
-        indices: How many modules of each class were seen before; updated. Default: none were.
+        recurse_on_replacements: True asks the policies about replacements and their children too. A policy that always
+            matches its own replacement never ends. Default: ``False``.
+        indices: The number of modules of each class seen before; updated. Default: none.
 
     Returns:
         The replacement of every replaced module, in the order of replacement.
@@ -97,7 +98,7 @@ def update_params_in_optimizer(
     new_params: Iterable[Parameter],
     optimizers: Optimizer | Sequence[Optimizer],
 ) -> None:
-    """Lets the parameters of a replacement take the place of what they replace.
+    """Replaces the parameters of a module by those of its replacement, in optimizers.
 
     Parameters on both sides keep their place and their state. Those only in ``old_params`` leave with their state.
     Those only in ``new_params`` join the end of the parameter group, of whichever optimizer, that holds the first of
@@ -113,7 +114,7 @@ def update_params_in_optimizer(
 
 @dataclass
 class _Replacements:
-    """What the policies decided: old module to new, and where each new one goes."""
+    """The decisions of the policies: old module to new, and the places of each new one."""
 
     pairs: dict[nn.Module, nn.Module] = field(default_factory=dict)
     slots: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)

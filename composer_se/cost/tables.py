@@ -22,7 +22,7 @@ _SETTING = "min_\nchannels"
 
 
 def print_study(study: Study, console: Console) -> None:
-    """Prints what was asked, the exact costs, the timings and, where measured, ours against the built-in."""
+    """Prints the settings, the exact costs, the timings and, if measured, ours against the built-in."""
     console.print(f"[bold]{study.network}[/bold]: {_conditions(study)}", highlight=False)
     console.print(str(study.machine), highlight=False)
     console.print(_counts_table(study))
@@ -34,7 +34,7 @@ def print_study(study: Study, console: Console) -> None:
 
 
 def write_json(study: Study, path: Path) -> None:
-    """Writes everything that was found, every timed visit included.
+    """Writes all results, every timed visit included.
 
     Args:
         study: The study.
