@@ -3,9 +3,9 @@
     make gate-monitor-overhead
 
 Trains a ResNet with Squeeze-and-Excitation for two intervals. Counts the operators of an observed batch and of another
-one, and the numbers that they read and write. The difference, spread over the interval, is the overhead. Observed batches and
-others are timed in one run, on one instance of the network. Few batches are observed, so trust only the counts on a
-busy machine.
+one, and the numbers that they read and write. The difference, spread over the interval, is the overhead. Observed
+batches and others are timed in one run, on one instance of the network. Few batches are observed, so trust only the
+counts on a busy machine.
 """
 
 from __future__ import annotations
