@@ -6,17 +6,20 @@ import base64
 import contextlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
+import torch
 
+from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError
+from composer_se.planning import Plan, plan
+from composer_se.recipe.arguments import check_arguments
+from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
+from composer_se.recipe.models import build_network
+from composer_se.recipe.schema import Recipe
 from composer_se.report import contents
-
-if TYPE_CHECKING:
-    from composer_se.planning import Plan
-    from composer_se.recipe.schema import Recipe
 
 __all__ = ["write_report"]
 
@@ -88,14 +91,6 @@ def _as_data_url(path: Path) -> str | None:
 
 def _plan(recipe: Recipe) -> Plan | None:
     """What SE does to the recipe's network, or None where it has none."""
-    import torch
-
-    from composer_se.algorithm import SqueezeExcite
-    from composer_se.planning import plan
-    from composer_se.recipe.arguments import check_arguments
-    from composer_se.recipe.data import image_size
-    from composer_se.recipe.models import build_network
-
     options = (recipe.algorithms or {}).get("squeeze_excite")
     if options is None:
         return None
