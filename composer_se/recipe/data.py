@@ -225,14 +225,16 @@ def _no_streaming(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] 
 _DOWNLOADED = "downloaded to `root` unless it is there, in torchvision's layout"
 
 DATASETS = {
-    "digits": DataSet(digits, "nothing: scikit-learn brings it along", 8),
+    "digits": DataSet(digits, "none, scikit-learn brings the images along", 8),
     "fashion_mnist": DataSet(
         fashion_mnist, f"{_DOWNLOADED}; or a folder with the four original `*-ubyte.gz` files themselves", 28
     ),
     "cifar10": DataSet(cifar10, _DOWNLOADED, 32),
     "cifar100": DataSet(cifar100, _DOWNLOADED, 32),
     "imagenet": DataSet(
-        imagenet, "`root/train/CLASS/*` and `root/val/CLASS/*`, image files of any size", find_fault=_no_such_folder
+        imagenet,
+        "`root/train/CLASS/*` and `root/val/CLASS/*`, images of any size; classes are numbered by name",
+        find_fault=_no_such_folder,
     ),
     "streaming": DataSet(
         streaming,
@@ -240,7 +242,7 @@ DATASETS = {
         "needs `pip install 'composer-se[streaming]'`",
         find_fault=_no_streaming,
     ),
-    "synthetic": DataSet(synthetic, "nothing: made up in memory"),
+    "synthetic": DataSet(synthetic, "none, made up in memory"),
 }
 
 

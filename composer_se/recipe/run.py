@@ -1,4 +1,4 @@
-"""One training run, from a checked recipe to the table at its end."""
+"""One training run, from a recipe to the summary at its end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from composer import Callback, Trainer
 from composer.utils import dist
-from rich.console import Console
-from rich.table import Table
 
 from composer_se.errors import UserError, one_line
 from composer_se.launch import say
@@ -32,16 +30,10 @@ from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, make_plan
 
-__all__ = ["exit_code_of", "print_summary", "train"]
+__all__ = ["exit_code_of", "train"]
 
-# Of all that is logged, what the summary holds, and what its table calls it.
+# Of all that is logged, what the summary holds.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
-_WORDS = {
-    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
-    "metrics/eval/CrossEntropy": "held-out cross entropy",
-    "loss/train/total": "last training loss",
-    "throughput/samples_per_sec": "images per second",
-}
 
 # What shells report of SIGINT and SIGTERM, and what Composer's handlers exit with.
 _INTERRUPTED = (130, 143)
@@ -107,30 +99,6 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
             raise
         raise complaint from error
     return 0
-
-
-def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the summary of a complete run as a table that fits 80 columns.
-
-    Args:
-        summary: As `summary.json` holds it.
-        console: Where to. Default: stdout.
-    """
-    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
-    table = Table(title=f"{summary['run_name']}: {length}", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(justify="right", overflow="fold")
-    for name, value in summary["metrics"].items():
-        if name in _WORDS:
-            table.add_row(_WORDS[name], _format(name, value))
-    total, added = summary["parameters"], summary["squeeze_excite_parameters"]
-    table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
-    table.add_row("parameters", f"{total:,}")
-    share = f" (+{added / (total - added):.2%})" if added else ""
-    table.add_row("of these added by SE", f"{added:,}{share}")
-    table.add_row("wall time", _duration(summary["wall_seconds"]))
-    table.add_row("folder", summary["run_folder"])
-    (console or Console()).print(table)
 
 
 def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
@@ -242,23 +210,3 @@ def _interruption_behind(error: BaseException | None) -> int | None:
             return int(error.code)
         error = error.__context__
     return None
-
-
-def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    if name.endswith("Accuracy"):
-        return f"{value:.2%}"
-    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(seconds, 60)
-    hours, minutes = divmod(int(minutes), 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest:.0f} s" if minutes else f"{rest:.1f} s"
