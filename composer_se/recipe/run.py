@@ -127,18 +127,15 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
-    loading = []
     if weights is not None:
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
-        loading = [LoadedWeights(weights, str(recipe.load_path), strict, ignored)]
+        parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))
         options["load_path"] = None
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
         trainer = make_trainer(
-            plan,
             parts,
-            loading,
             eval_dataloader=parts.eval_loader,
             callbacks=[*own_callbacks, *callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
