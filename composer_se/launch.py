@@ -41,7 +41,7 @@ _PATIENCE_SECONDS = 30.0
 
 
 def is_local_rank_zero() -> bool:
-    """Whether this process's output is what the user of this node sees."""
+    """True when the user of this node sees this process's output."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 

@@ -1,4 +1,4 @@
-"""Which class a component's name stands for: everything public in Composer, torch's optimizers, and ours."""
+"""Finds a component's class by its name: all public classes of Composer, torch's optimizers, and ours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OURS = {
     "callbacks": {"gate_monitor": "composer_se.gate_monitor:GateMonitor"},
 }
 
-# Where the public classes of a section live, and their common base.
+# The modules that hold the public classes of a section, and the classes' common base.
 _SOURCES = {
     "algorithms": (("composer.algorithms",), "composer.core:Algorithm"),
     "callbacks": (("composer.callbacks",), "composer.core:Callback"),

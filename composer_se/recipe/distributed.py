@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: only rank zero must see the disk."""
+"""The processes of a run agree on their threads, on what rank zero reads from the disk, and on batch norm."""
 
 from __future__ import annotations
 

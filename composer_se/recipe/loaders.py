@@ -45,7 +45,7 @@ class Split(Protocol):
             seed: Of shuffling and augmentation. The same on all processes.
             train: Shuffle, augment by epoch, and drop the samples that fill no batch.
             num_workers: Worker processes per training process. None leaves the choice to the data set.
-            pin_memory: Whether batches go to a GPU.
+            pin_memory: The batches go to a GPU.
         """
         ...
 
@@ -56,8 +56,8 @@ class Images:
 
     Attributes:
         images: A map-style data set of (image, label) without transforms.
-        transform: What makes a tensor of an image; None where the images are tensors.
-        needs_workers: Whether reading an image costs enough to be worth processes of its own.
+        transform: Makes a tensor of an image; None where the images are tensors.
+        needs_workers: Reading an image takes so long that processes of its own pay.
         classes: The names of the classes.
     """
 
@@ -181,7 +181,7 @@ def _seed_all(*entropy: int) -> None:
 
 
 def _options(batch_size: int, train: bool, num_workers: int | None, pin_memory: bool) -> dict[str, Any]:
-    """What all loaders are made with. By default the cores of this process but one read images, at most 16."""
+    """The arguments of every loader. By default all cores of this process but one read images, at most 16."""
     if num_workers is None:
         num_workers = min(16, max(1, available_cores() - 1))
     return {

@@ -32,10 +32,10 @@ from composer_se.recipe.validate import RunPlan, make_plan
 
 __all__ = ["exit_code_of", "train"]
 
-# Of all that is logged, what the summary holds.
+# The summary holds these of all metrics.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
 
-# What shells report of SIGINT and SIGTERM, and what Composer's handlers exit with.
+# Exit codes of Composer's handlers for SIGINT and SIGTERM; shells report the same.
 _INTERRUPTED = (130, 143)
 
 
@@ -78,8 +78,8 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
     """Does work that trains, and tells a signal from a failure.
 
     Args:
-        work: What to do.
-        folder: Where it writes, for the complaint.
+        work: Called without arguments.
+        folder: It writes there; for the complaint.
 
     Returns:
         0 when it came to its end, 130 or 143 when SIGINT or SIGTERM came before.
@@ -102,7 +102,7 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
 
 
 def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Whether there is something to train: the summary of the run if it is complete already. For rank zero.
+    """Returns the summary of the run if it is complete already. For rank zero.
 
     Raises:
         UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.
@@ -174,7 +174,7 @@ def _remove(new_folders: list[Path]) -> None:
 
 
 def _is_trained(trainer: Trainer) -> bool:
-    """Whether the checkpoint is that of the last step: the run was stopped in its last evaluation."""
+    """True when the checkpoint is that of the last step: the run was stopped in its last evaluation."""
     end = trainer.state.max_duration
     return end is not None and trainer.state.timestamp.get(end.unit) >= end
 

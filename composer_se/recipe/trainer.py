@@ -1,4 +1,4 @@
-"""Makes what a run trains out of its plan, and puts it into Composer's Trainer: for `train`, `compare` and `gates`."""
+"""Builds the parts of a run and puts them into Composer's Trainer: for `train`, `compare` and `gates`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Parts:
-    """What goes into a Trainer, before any algorithm has changed the network.
+    """The parts of a Trainer, before any algorithm has changed the network.
 
     Attributes:
         network: With the same initial weights for a seed, whatever the algorithms.
@@ -162,7 +162,7 @@ def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
     """Puts the parts of a run into a Trainer.
 
     Args:
-        parts: What it trains.
+        parts: The network, and whatever else is needed to train it.
         **options: The Trainer's other arguments.
 
     Raises:
