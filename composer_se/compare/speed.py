@@ -117,10 +117,8 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
 
 
 def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
-    plan = make_plan(recipe)
-    parts = build_parts(recipe, plan)
+    parts = build_parts(recipe, make_plan(recipe))
     trainer = make_trainer(
-        plan,
         parts,
         callbacks=[stopwatch],
         progress_bar=False,
