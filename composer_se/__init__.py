@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
     from composer_se.gate_monitor import GateMonitor
     from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
+    from composer_se.options import SqueezeExciteOptions
     from composer_se.planning import Plan, plan
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "SqueezeExcite",
     "SqueezeExcite2d",
     "SqueezeExciteConv2d",
+    "SqueezeExciteOptions",
     "apply_squeeze_excite",
     "functional",
     "plan",
@@ -41,6 +43,7 @@ _MODULES = {
     "SqueezeExcite": "composer_se.algorithm",
     "SqueezeExcite2d": "composer_se.modules",
     "SqueezeExciteConv2d": "composer_se.modules",
+    "SqueezeExciteOptions": "composer_se.options",
     "apply_squeeze_excite": "composer_se.functional",
     "plan": "composer_se.planning",
     "remove_squeeze_excite": "composer_se.functional",

@@ -7,6 +7,7 @@ import functools
 import logging
 import types
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import composer.algorithms
@@ -17,8 +18,8 @@ from torch import nn
 
 from composer_se import surgery
 from composer_se.functional import apply_squeeze_excite
-from composer_se.modules import SqueezeExciteConv2d, check_inplace, check_latent_channels
-from composer_se.selection import as_patterns, check_min_channels, check_min_channels_of
+from composer_se.modules import SqueezeExciteConv2d
+from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["SqueezeExcite"]
 
@@ -33,15 +34,12 @@ class SqueezeExcite(Algorithm):
     rules and for use without the Trainer.
 
     Args:
-        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
-            (0, 1). Default: ``64``.
-        min_channels: The least number of output channels of a conv that gets a block, or ``"auto"``. Default: ``128``.
-        min_channels_of: ``"output"``, or ``"both"`` to compare the smaller of input and output channels, as Composer's
-            built-in algorithm does. Default: ``"output"``.
-        include: Glob pattern, or several, over qualified module names: only matching convs get a block. Default: all.
+        latent_channels: As in `composer_se.SqueezeExciteOptions`, like all options. Default: ``64``.
+        min_channels: The least number of channels of a conv that gets a block, or ``"auto"``. Default: ``128``.
+        min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
+        include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
-        inplace: Whether blocks overwrite the conv's output: ``"auto"``, wherever it is safe, True or False.
-            Default: ``"auto"``.
+        inplace: Not needed any more.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -53,33 +51,19 @@ class SqueezeExcite(Algorithm):
 
     def __init__(
         self,
-        latent_channels: float = 64,
-        min_channels: int | str = 128,
+        latent_channels: float = SqueezeExciteOptions.latent_channels,
+        min_channels: int | str = SqueezeExciteOptions.min_channels,
         *,
-        min_channels_of: str = "output",
+        min_channels_of: str = SqueezeExciteOptions.min_channels_of,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        inplace: bool | str = "auto",
+        inplace: object = None,
     ) -> None:
-        check_latent_channels(latent_channels)
-        check_min_channels(min_channels)
-        check_min_channels_of(min_channels_of)
-        check_inplace(inplace)
-        # Plain numbers, so that the repr can be evaluated whatever they came as.
-        self.latent_channels = int(latent_channels) if latent_channels >= 1 else float(latent_channels)
-        self.min_channels = min_channels if isinstance(min_channels, str) else int(min_channels)
-        self.min_channels_of = min_channels_of
-        self.include = as_patterns(include, "include") or None
-        self.exclude = as_patterns(exclude, "exclude") or None
-        self.inplace = inplace
+        self.options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, inplace)
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        options = ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())
         return f"{type(self).__qualname__}({options})"
-
-    def _options(self) -> dict[str, Any]:
-        names = ("latent_channels", "min_channels", "min_channels_of", "include", "exclude", "inplace")
-        return {name: getattr(self, name) for name in names}
 
     @staticmethod
     def required_on_load() -> bool:
@@ -95,7 +79,7 @@ class SqueezeExcite(Algorithm):
         model = state.model
         num_convs = surgery.count_module_instances(model, nn.Conv2d)
         with _rank_zero_rng(state):
-            added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **self._options())
+            added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **asdict(self.options))
         num_layers = surgery.count_module_instances(model, SqueezeExciteConv2d)
         num_parameters = sum(parameter.numel() for wrapper in added.values() for parameter in wrapper.se.parameters())
         log.info(
@@ -103,9 +87,9 @@ class SqueezeExcite(Algorithm):
             num_layers,
             num_convs,
             num_parameters,
-            self.latent_channels,
-            self.min_channels,
-            self.min_channels_of,
+            self.options.latent_channels,
+            self.options.min_channels,
+            self.options.min_channels_of,
         )
         logger.log_hyperparameters(
             {

@@ -10,10 +10,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from composer_se import surgery
-from composer_se.modules import SqueezeExciteConv2d, check_inplace
+from composer_se.modules import SqueezeExciteConv2d
+from composer_se.options import RECOMMENDED_LATENT_CHANNELS, SqueezeExciteOptions
 from composer_se.selection import (
     HAS_SE,
-    RECOMMENDED_LATENT_CHANNELS,
     Selection,
     check_not_wrapped,
     is_norm,
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 def apply_squeeze_excite(
     model: nn.Module,
-    latent_channels: float = 64,
-    min_channels: int | str = 128,
+    latent_channels: float = SqueezeExciteOptions.latent_channels,
+    min_channels: int | str = SqueezeExciteOptions.min_channels,
     optimizers: Optimizer | Sequence[Optimizer] | None = None,
     *,
-    min_channels_of: str = "output",
+    min_channels_of: str = SqueezeExciteOptions.min_channels_of,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
-    inplace: bool | str = "auto",
+    inplace: object = None,
 ) -> dict[str, SqueezeExciteConv2d]:
     """Adds a Squeeze-and-Excitation block (Hu et al., https://arxiv.org/abs/1709.01507) to convs of a model, in place.
 
@@ -43,20 +43,14 @@ def apply_squeeze_excite(
 
     Args:
         model: The model, not wrapped in DDP or FSDP yet.
-        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
-            (0, 1), rounded down but at least 1. Default: ``64``, the least width that is recommended.
-        min_channels: The least number of output channels of a conv that gets a block. ``"auto"`` is the smaller of 512
-            and the largest number in the model, as recommended. Default: ``128``.
+        latent_channels: As in `composer_se.SqueezeExciteOptions`, like all options below. Default: ``64``.
+        min_channels: The least number of channels of a conv that gets a block, or ``"auto"``. Default: ``128``.
         optimizers: The optimizers of the model's parameters, if they exist already: each new parameter joins the
             parameter group that holds its conv's weight. Default: none.
-        min_channels_of: ``"output"`` compares ``min_channels`` with the output channels, ``"both"`` with the smaller of
-            input and output channels as Composer's built-in algorithm does. Default: ``"output"``.
-        include: Glob pattern, or several, over qualified module names: only convs that match, or lie in a module that
-            does, get a block. Default: all.
+        min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
+        include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
-        inplace: Whether a block overwrites the conv's output, so that SE keeps no activation of its own. ``"auto"``
-            does so wherever it is safe: while training, for convs whose next module is a normalisation layer; without
-            gradients, always. Default: ``"auto"``.
+        inplace: Not needed any more.
 
     Returns:
         The new blocks with their convs, by the qualified name of the conv they replaced, in model order.
@@ -72,15 +66,8 @@ def apply_squeeze_excite(
         >>> len(apply_squeeze_excite(model, latent_channels=64, min_channels=512))
         22
     """
-    check_inplace(inplace)
-    selection = select_convs(
-        model,
-        latent_channels,
-        min_channels,
-        min_channels_of=min_channels_of,
-        include=include,
-        exclude=exclude,
-    )
+    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, inplace)
+    selection = select_convs(model, options)
     _check_optimizers(model, optimizers)
     if not selection.chosen:
         _warn_of_no_conv(model, selection)
@@ -89,14 +76,11 @@ def apply_squeeze_excite(
     followed_by_norm = _convs_before_norm(model)
     wrappers: dict[nn.Module, SqueezeExciteConv2d] = {}
     for choice in selection.chosen:
-        wrapper = SqueezeExciteConv2d(
+        wrappers[choice.conv] = SqueezeExciteConv2d(
             conv=choice.conv,
             latent_channels=choice.latent_channels,
-            inplace=inplace,
             followed_by_norm=choice.conv in followed_by_norm,
         )
-        wrapper.se.layer_name = choice.name
-        wrappers[choice.conv] = wrapper
     surgery.replace_module_classes(model, {nn.Conv2d: lambda conv, _: wrappers.get(conv)}, optimizers)
     return {choice.name: wrappers[choice.conv] for choice in selection.chosen}
 

@@ -9,74 +9,18 @@ Parameters have the names of Composer's built-in algorithm (``conv.weight``, ``s
 
 from __future__ import annotations
 
-import numbers
-from collections.abc import Callable
-from typing import Any, TypeGuard, TypeVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
-from torch.utils.hooks import RemovableHandle
 
 from composer_se import ops
+from composer_se.options import check_latent_channels, latent_width, warn_of_inplace
+from composer_se.pending_gate import pending_gate
 
-__all__ = ["SqueezeExcite2d", "SqueezeExciteConv2d", "check_inplace", "check_latent_channels", "latent_width"]
-
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-_WIDTH_ADVICE = (
-    "Give a whole number >= 1 for a width, or a fraction between 0 and 1 for a share of the conv's output channels."
-)
-
-_GLOBAL_HOOKS = (
-    _module._global_forward_pre_hooks,
-    _module._global_forward_hooks,
-    _module._global_backward_pre_hooks,
-    _module._global_backward_hooks,
-)
-
-
-def check_latent_channels(latent_channels: float) -> None:
-    """Checks a hidden width, absolute or a share.
-
-    Args:
-        latent_channels: A whole number >= 1, or a fraction in (0, 1).
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is neither a width nor a share.
-    """
-    if isinstance(latent_channels, bool) or not isinstance(latent_channels, numbers.Real):
-        raise TypeError(
-            f"latent_channels is {latent_channels!r} of type {type(latent_channels).__name__}. {_WIDTH_ADVICE}"
-        )
-    width = float(latent_channels)
-    if not (0 < width < 1 or (width >= 1 and width.is_integer())):
-        raise ValueError(f"latent_channels is {latent_channels!r}. {_WIDTH_ADVICE}")
-
-
-def latent_width(latent_channels: float, num_features: int) -> int:
-    """The number of hidden units of a block.
-
-    Args:
-        latent_channels: A whole number >= 1, or a share of ``num_features`` in (0, 1).
-        num_features: Channels of the gated map.
-
-    Returns:
-        The width; a share is rounded down, but never to nothing.
-    """
-    share = latent_channels < 1
-    return max(1, int(latent_channels * num_features)) if share else int(latent_channels)
-
-
-def check_inplace(inplace: bool | str) -> None:
-    """Checks the choice of where the gated map is written.
-
-    Raises:
-        ValueError: If it is none of ``"auto"``, True and False.
-    """
-    if inplace != "auto" and not isinstance(inplace, bool):
-        raise ValueError(f'inplace is {inplace!r}; choose "auto", True or False.')
+__all__ = ["SqueezeExcite2d", "SqueezeExciteConv2d"]
 
 
 class SqueezeExcite2d(nn.Module):
@@ -86,128 +30,64 @@ class SqueezeExcite2d(nn.Module):
         num_features: Number of channels of the input.
         latent_channels: Hidden width of the MLP: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
-        inplace: Whether the input is overwritten. ``"auto"`` does so only where the caller says in `forward` that it
-            may be. Default: ``"auto"``.
-        device: Device of the weights. Default: PyTorch's.
-        dtype: Dtype of the weights. Default: PyTorch's.
+        inplace: Not needed any more.
+        **factory: ``device`` and ``dtype`` of the weights. Default: PyTorch's.
 
     Raises:
         TypeError: If ``latent_channels`` is not a number.
-        ValueError: If ``latent_channels`` or ``inplace`` is out of range.
+        ValueError: If ``latent_channels`` is out of range.
 
     Shape:
         Input and output: (N, C, H, W) or (C, H, W), with C = ``num_features``.
     """
 
     def __init__(
-        self,
-        num_features: int,
-        latent_channels: float = 0.125,
-        *,
-        inplace: bool | str = "auto",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, num_features: int, latent_channels: float = 0.125, *, inplace: object = None, **factory: Any
     ) -> None:
         super().__init__()
+        warn_of_inplace(inplace)
         check_latent_channels(latent_channels)
-        check_inplace(inplace)
         self.latent_channels = latent_width(latent_channels, num_features)
-        self.inplace = inplace
-        self.layer_name = f"a SqueezeExcite2d with {num_features} channels"
-        self.pool_and_mlp = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(-3),
-            nn.Linear(num_features, self.latent_channels, bias=False, device=device, dtype=dtype),
-            nn.ReLU(inplace=True),
-            nn.Linear(self.latent_channels, num_features, bias=False, device=device, dtype=dtype),
-            nn.Sigmoid(),
-        )
+        reduce = nn.Linear(num_features, self.latent_channels, bias=False, **factory)
+        expand = nn.Linear(self.latent_channels, num_features, bias=False, **factory)
+        # The name and the keys are those of Composer's built-in: parts 2 and 4 of a Sequential.
+        self.pool_and_mlp = nn.ModuleDict({"2": reduce, "4": expand})
 
-    def forward(self, input: Tensor, may_overwrite: bool = False) -> Tensor:
-        """Scales the maps of ``input`` by their gates.
+    def forward(self, input: Tensor) -> Tensor:
+        """A new tensor: the maps of ``input`` scaled by their gates."""
+        logits = self.excite(input.mean((-2, -1)))
+        return input * torch.sigmoid(logits).unsqueeze(-1).unsqueeze(-1)
 
-        Args:
-            input: Maps of shape (N, C, H, W) or (C, H, W).
-            may_overwrite: Whether ``inplace="auto"`` may write the result over ``input``.
-
-        Returns:
-            Tensor of the same shape.
-        """
-        if torch.jit.is_scripting():
-            return self._plain(input)
-        excite = None if ops.takes_plain_formula(input) else self._excitation()
-        if excite is None:
-            return self._plain(input)
-        overwrite = self.inplace is True or (may_overwrite and self.inplace == "auto")
-        if ops.takes_kernels(input):
-            return self._gate_with_kernels(input, excite, overwrite)
-        logits = excite(ops.squeeze(input))
-        if overwrite:
-            return ops.gate_(input, logits, self.layer_name)
-        return ops.gate(input, logits)
-
-    def _plain(self, input: Tensor) -> Tensor:
-        return input * self.pool_and_mlp(input).unsqueeze(-1).unsqueeze(-1)
-
-    @torch.jit.unused
-    def _excitation(self) -> Callable[[Tensor], Tensor] | None:
-        """What makes logits, (..., C), of the squeezed input, (..., C); None if pool or sigmoid must run as modules."""
-        mlp = self.pool_and_mlp
-        if any(_GLOBAL_HOOKS) or not _is_untouched(mlp, nn.Sequential) or len(mlp) != 6:
-            return None
-        pool, flatten, fc1, relu, fc2, sigmoid = mlp
-        if not (
-            _is_untouched(pool, nn.AdaptiveAvgPool2d)
-            and _is_untouched(flatten, nn.Flatten)
-            and _is_untouched(sigmoid, nn.Sigmoid)
-        ):
-            return None
-        return lambda squeezed: fc2(relu(fc1(squeezed)))
-
-    @torch.jit.unused
-    def _gate_with_kernels(self, input: Tensor, excite: Callable[[Tensor], Tensor], overwrite: bool) -> Tensor:
-        from composer_se import triton_gate  # Not above: Triton is not everywhere, and takes long to import.
-
-        return triton_gate.squeeze_excite(input, excite, overwrite, self.layer_name)
-
-    def extra_repr(self) -> str:
-        """The options that differ from their defaults."""
-        return "" if self.inplace == "auto" else f"inplace={self.inplace}"
-
-
-_MLP_CLASSES = (nn.AdaptiveAvgPool2d, nn.Flatten, nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
-_STANDARD_CLASSES = (nn.Conv2d, SqueezeExcite2d, nn.Sequential, *_MLP_CLASSES)
+    def excite(self, squeezed: Tensor) -> Tensor:
+        """The logits of the gates, (..., C), from the means of the maps, (..., C)."""
+        return self.pool_and_mlp["4"](F.relu(self.pool_and_mlp["2"](squeezed)))
 
 
 class SqueezeExciteConv2d(nn.Module):
     """A conv whose output is scaled by a Squeeze-and-Excitation block.
 
-    Reads like the conv: attributes that it lacks (``weight``, ``out_channels``, ``stride``, ...) are the conv's, and
-    setting them sets the conv's; only a parameter has to be assigned to the conv itself. A state dict of the bare conv
-    loads into it, and the block keeps its weights.
+    Attributes that it lacks (``weight``, ``stride``, ...) are the conv's, and setting them sets the conv's; only a
+    parameter has to be assigned to the conv itself. A state dict of the bare conv loads into it, and the block keeps
+    its weights.
 
     Args:
         *args: Arguments of `torch.nn.Conv2d`. Left out when ``conv`` is given.
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of the conv's output channels in
             (0, 1). Default: ``0.125``.
         conv: The conv to wrap; the block takes its device, dtype and mode. Default: a new one, from the arguments.
-        inplace: Whether the conv's output is overwritten by its scaled form, so that SE keeps no activation of its own.
-            ``"auto"``: without gradients always, and while training if ``followed_by_norm``; in both cases only if
-            nobody else can hold the conv's output. Default: ``"auto"``.
-        followed_by_norm: Whether the output goes straight to a normalisation layer, which keeps its input and so never
-            changes it in place. `composer_se.apply_squeeze_excite` finds out by itself. Default: ``False``.
+        followed_by_norm: Whether the output goes to a norm, which then takes the gates along while gradients are
+            recorded: SE has no pass over the maps and keeps no activation. The numbers are the same for every reader of
+            the output. `composer_se.apply_squeeze_excite` finds out by itself. Default: ``False``.
+        inplace: Not needed any more.
         **kwargs: Keyword arguments of `torch.nn.Conv2d`.
 
     Raises:
         TypeError: If ``latent_channels`` is not a number, or both ``conv`` and arguments for a new one are given.
-        ValueError: If ``latent_channels`` or ``inplace`` is out of range.
+        ValueError: If ``latent_channels`` is out of range.
 
     Attributes:
         conv: The conv.
         se: Its `SqueezeExcite2d`.
-
-    Shape:
-        As the conv's.
     """
 
     def __init__(
@@ -215,24 +95,20 @@ class SqueezeExciteConv2d(nn.Module):
         *args: Any,
         latent_channels: float = 0.125,
         conv: nn.Conv2d | None = None,
-        inplace: bool | str = "auto",
         followed_by_norm: bool = False,
+        inplace: object = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        warn_of_inplace(inplace)
         if conv is None:
             conv = nn.Conv2d(*args, **kwargs)
         elif args or kwargs:
             raise TypeError("Give either conv or the arguments of a new Conv2d, not both.")
         self.followed_by_norm = followed_by_norm
-        self._known_untouched: tuple[int, tuple[nn.Module, ...]] | None = None
         self.conv = conv
         self.se = SqueezeExcite2d(
-            conv.out_channels,
-            latent_channels,
-            inplace=inplace,
-            device=conv.weight.device,
-            dtype=conv.weight.dtype,
+            conv.out_channels, latent_channels, device=conv.weight.device, dtype=conv.weight.dtype
         )
         self.train(conv.training)
         # The mark by which Composer's built-in algorithm knows a conv that has SE already.
@@ -242,61 +118,23 @@ class SqueezeExciteConv2d(nn.Module):
         """The conv's output with every map scaled by its gate."""
         if torch.jit.is_scripting():
             return self.se(self.conv(input))
-        return self._scale(input)
+        return self._scale(self.conv(input))
 
     @torch.jit.unused
-    def _scale(self, input: Tensor) -> Tensor:
-        # Not self.conv and self.se, which Python looks for in four places: 2 us per layer.
-        conv: Any = self._modules["conv"]
-        se: Any = self._modules["se"]
-        if not torch.is_grad_enabled() and not ops.takes_plain_formula(input):
-            weights = self._weights_if_untouched(conv, se)
-            if weights is not None:
-                # What conv(input) comes to, without the way there: 6 us per layer.
-                u = conv._conv_forward(input, conv._parameters["weight"], conv._parameters["bias"])
-                return se(u, True) if ops.takes_kernels(u) else ops.squeeze_excite_(u, *weights)
-        # Whether the conv's output is surely ours, and will stay as the gate leaves it.
-        may_overwrite = (
-            (self.followed_by_norm or not torch.is_grad_enabled())
-            and _returns_fresh_tensor(conv)
-            and _is_untouched(se, SqueezeExcite2d)
-            and not any(_GLOBAL_HOOKS)
-        )
-        return se(conv(input), may_overwrite)
-
-    def _weights_if_untouched(self, conv: nn.Module, se: nn.Module) -> tuple[Tensor, Tensor] | None:
-        """The MLP's weights, if they and the conv's are all that forward passes without gradients need.
-
-        That is, if ``inplace`` allows to overwrite, and calling conv, block and the parts of the MLP would do what
-        their classes do and nothing more. At batch 1 caches are cold and each object looked at costs: hooks and classes
-        are looked at again only after a hook was registered somewhere or a module was replaced.
-        """
-        if type(se) is not SqueezeExcite2d or se.inplace is False:
-            return None
-        mlp: Any = se._modules["pool_and_mlp"]
-        modules: tuple[Any, ...] = (conv, se, mlp, *mlp._modules.values())
-        known = RemovableHandle.next_id, modules  # the former counts all hooks ever registered
-        if known != self._known_untouched:
-            if any(_GLOBAL_HOOKS) or tuple(map(type, modules)) != _STANDARD_CLASSES or any(map(_has_hooks, modules)):
-                return None
-            self._known_untouched = known
-        for module in modules:
-            if "forward" in module.__dict__:
-                return None
-        # Parametrisation changes a module's class and registers no hook; quantisation and sharding put tensors of their
-        # own classes in.
-        fc1, fc2 = modules[5], modules[7]
-        if not (type(conv) is nn.Conv2d and type(fc1) is type(fc2) is nn.Linear):
-            return None
-        of_conv, of_fc1, of_fc2 = conv._parameters, fc1._parameters, fc2._parameters
-        if of_fc1["bias"] is not None or of_fc2["bias"] is not None:
-            return None
-        w1, w2 = of_fc1["weight"], of_fc2["weight"]
-        return (w1, w2) if type(of_conv["weight"]) is type(w1) is type(w2) is nn.Parameter else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copied and unpickled modules find out anew: what is true of the hooks here need not be there.
-        return {**self.__dict__, "_known_untouched": None}
+    def _scale(self, u: Tensor) -> Tensor:
+        se: Any = self.se
+        if ops.takes_plain_formula(u) or not _is_plain(se, SqueezeExcite2d, "forward"):
+            return se(u)
+        owned = _is_plain(self.conv, nn.Conv2d, "forward", "_conv_forward")
+        if not torch.is_grad_enabled():
+            z = se.excite(ops.mean(u).to(u.dtype))
+            return ops.gate_(u, z) if owned else ops.gate(u, z)
+        link = ops.Link()
+        through, p = ops.squeeze(u, link)
+        z = se.excite(p.to(u.dtype))
+        if self.followed_by_norm and (u.requires_grad or z.requires_grad):
+            return pending_gate(u, z, p, through, link, owned=owned)
+        return ops.gate(u, z)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -330,34 +168,19 @@ class SqueezeExciteConv2d(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-def _is_untouched(module: nn.Module | None, module_class: type[ModuleT]) -> TypeGuard[ModuleT]:
-    """Whether calling ``module`` does what ``module_class`` does and nothing more."""
-    return (
-        module is not None
-        and type(module) is module_class
-        and "forward" not in module.__dict__
-        and not _has_hooks(module)
-    )
+_KINDS = ("forward_pre", "forward", "backward_pre", "backward")
+_HOOKS = tuple((f"_{kind}_hooks", f"_global_{kind}_hooks") for kind in _KINDS)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
+    """Whether calling ``module`` runs these methods of its class and nothing more: nobody else can hold the result.
 
-
-def _returns_fresh_tensor(conv: nn.Module) -> bool:
-    """Whether nobody but the caller can hold the output of ``conv``.
-
-    Subclasses with a ``forward`` of their own may return a tensor that they keep, hooks may store it, and hooks on the
-    backward pass make a view of it. Parametrised convs are `torch.nn.Conv2d` in this respect.
+    Hooks on the backward pass, too, hold a view of it. Parametrised modules are plain in this respect.
     """
-    if not isinstance(conv, nn.Conv2d):
-        return False
-    conv_class = type(conv)
     return (
-        conv_class.forward is nn.Conv2d.forward
-        and conv_class._conv_forward is nn.Conv2d._conv_forward
-        and "forward" not in conv.__dict__
-        and not (conv._forward_hooks or conv._backward_hooks or conv._backward_pre_hooks)
+        isinstance(module, module_class)
+        and all(getattr(type(module), method) is getattr(module_class, method) for method in methods)
+        and module.__dict__.keys().isdisjoint(methods)
+        # torch has no public question for hooks, be they a module's or those of all modules.
+        and not any(getattr(module, own) or getattr(_module, of_all) for own, of_all in _HOOKS)
     )

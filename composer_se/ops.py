@@ -1,28 +1,32 @@
-"""The squeeze and the gate of Squeeze-and-Excitation, forward and backward.
+"""The arithmetic of Squeeze-and-Excitation on maps, alone and together with the norm that follows.
 
-For a conv output ``u`` of shape (N, C, H, W) and the excitation's logits ``z`` of shape (N, C), Squeeze-and-Excitation
-(Hu et al., https://arxiv.org/abs/1709.01507, section 3) is
+For a conv output ``u`` of shape (N, C, H, W) and the logits ``z`` (N, C) that the excitation makes of the squeeze,
+Squeeze-and-Excitation (Hu et al., https://arxiv.org/abs/1709.01507, section 3) is
 
-    p = mean of u over H, W        squeeze, equation 2
-    s = sigmoid(z)                 gate, equation 3; z comes from p through a small MLP
+    p = mean of every map of u     squeeze, equation 2
+    s = sigmoid(z)                 gate, equation 3
     v = u * s                      scale, equation 4
 
-Under plain autograd the product keeps ``u`` for its backward pass while the next layer keeps ``v``: one activation more
-per SE layer than in the plain network. With ``g = dL/dv`` the gradients of the product are
+A norm that follows subtracts a mean of ``v`` and divides by a deviation. Both follow from numbers per map, with ``q``
+the population variance of every map of ``u``:
 
-    dL/du = g * s
-    dL/dz = s (1 - s) * sum over H, W of g * u  =  (1 - s) * sum over H, W of g * v
+    mean of v      m = mean of s p
+    variance of v  r = mean of s² q + (s p - m)²
+    result         y = A (u - p) + B    with i = γ / sqrt(r + ε),  A = s i,  B = (s p - m) i + β
 
-so the backward pass can do with ``v``, which a following normalisation layer keeps anyway. ``v`` may then overwrite
-``u`` and SE keeps no activation of its own: that is `gate_`. Where ``u`` has to stay, `gate` keeps ``u`` and gives the
-same numbers. Both take unbatched maps, (C, H, W) with (C), as `torch.nn.Conv2d` does.
+The means run over the batch, or over a group of channels of one image. So `gated_norm` never writes ``v``, and keeps
+``u`` for backward where the norm alone would keep ``v``. With ``g = dL/dy``:
+
+    dL/dA = Σ g (u - p),  dL/dB = Σ g                         over H and W
+    dL/du = A g + (2 dL/dq / HW) (u - p) + (dL/dp) / HW
+
+Only `mean`, `variance`, `affine` and `_weighted_sums` see maps there. They use PyTorch's own kernels, on the view
+(1, N·C, H, W) in which a kernel for channels works on single maps.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,244 +35,286 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-__all__ = ["KERNEL_DTYPES", "gate", "gate_", "squeeze", "squeeze_excite_", "takes_kernels", "takes_plain_formula"]
+__all__ = ["Link", "Norm", "gate", "gate_", "gate_gradients", "gated_norm", "mean", "squeeze"]
 
-_BLAS_DTYPES = (torch.float32, torch.float64)
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _kernels_are_wanted() -> bool:
-    setting = os.environ.get("COMPOSER_SE_TRITON", "0")
-    if setting not in ("0", "1", ""):
-        raise ValueError(f"COMPOSER_SE_TRITON is {setting!r}; set it to 1 for the Triton kernels on CUDA, 0 for none.")
-    return setting == "1" and importlib.util.find_spec("triton") is not None
-
-
-_KERNELS_ARE_WANTED = _kernels_are_wanted()
-
-# The path is chosen by the next two functions and nowhere else.
+# The next two functions, and nothing else, choose between the ways to compute the same thing.
 
 
 def takes_plain_formula(u: Tensor) -> bool:
     """Whether ``u * sigmoid(z)`` has to be written with plain operators, which the surroundings take apart.
 
     Tracers (`torch.fx`, TorchScript, `torch.export`, ONNX) record operators, `torch.compile` fuses them, `torch.func`
-    and forward-mode differentiation transform them; none gains from a custom backward pass. Tensor subclasses (fake
+    and forward-mode differentiation transform them; none gains from a backward pass of our own. Tensor subclasses (fake
     tensors, DTensors, proxies) bring rules for the plain operators only.
     """
-    # Asked in every layer: without Python frames around two of these flags, 3 us less of 130 at batch 1.
     return (
         type(u) is not Tensor
         or is_compiling()
-        or torch._C._is_tracing()
+        or torch.jit.is_tracing()
+        # torch has no public question for these two: in a transform of `torch.func` tensors look like plain ones, and a
+        # tangent may be on the weights alone.
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
 
 
-def takes_kernels(u: Tensor) -> bool:
-    """Whether maps that don't take the plain formula go through the Triton kernels of `composer_se.triton_gate`.
+def takes_norm(u: Tensor) -> bool:
+    """Whether a norm can take the maps of ``u`` together with their gates, by `gated_norm`.
 
-    They do on CUDA devices, for dense maps in one of `KERNEL_DTYPES`, where Triton is installed and the environment had
-    ``COMPOSER_SE_TRITON=1`` when this module was imported. The default is off: no kernel has been timed on a GPU yet.
-    Views, such as the output of an unbatched conv, are left out because autograd lets no function of two results write
-    into one.
+    channels_last has no view as single maps. Norms refuse some empty maps and some of one pixel. Other devices may lack
+    the kernels.
     """
     return (
-        _KERNELS_ARE_WANTED
-        and u.is_cuda
-        and u.dtype in KERNEL_DTYPES
-        and (u.is_contiguous() or u.is_contiguous(memory_format=torch.channels_last))
-        and not u._is_view()
+        u.dim() == 4
+        and u.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and u.device.type in ("cpu", "cuda")
+        and u.is_contiguous()
+        and u.numel() > u.shape[0] * u.shape[1]
     )
 
 
-def squeeze(u: Tensor) -> Tensor:
-    """The mean of every map of ``u``.
-
-    Args:
-        u: Conv output of shape (..., C, H, W).
-
-    Returns:
-        Tensor of shape (..., C) and of ``u``'s dtype, accumulated in float32 or wider.
-    """
-    if torch.is_grad_enabled() and u.requires_grad:
-        return _Squeeze.apply(u)  # pyright: ignore[reportReturnType]
-    return _mean(u)
+def mean(u: Tensor) -> Tensor:
+    """The mean of every map of ``u`` (..., C, H, W): (..., C), in float64 or, for the precision of norms, float32."""
+    dtype = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return u.sum((-2, -1), dtype=dtype).div_(u.shape[-2] * u.shape[-1])
 
 
-def gate(u: Tensor, z: Tensor) -> Tensor:
-    """Scales every map of ``u`` by its gate ``sigmoid(z)`` and leaves ``u`` as it is, keeping it for backward.
-
-    Args:
-        u: Conv output of shape (..., C, H, W).
-        z: Logits of the gate, of shape (..., C).
-
-    Returns:
-        A new tensor of ``u``'s shape.
-    """
-    if torch.is_grad_enabled() and (u.requires_grad or z.requires_grad):
-        return _Gate.apply(u, z)  # pyright: ignore[reportReturnType]
-    return u * over_maps(torch.sigmoid(z))
-
-
-def gate_(u: Tensor, z: Tensor, layer: str = "a SqueezeExciteConv2d") -> Tensor:
-    """Scales every map of ``u`` by its gate ``sigmoid(z)`` in place, keeping the product for backward instead of ``u``.
-
-    Two things are required of the surroundings: nobody else reads ``u`` afterwards, and, when gradients are recorded,
-    the next layer does not change the result in place. A normalisation layer, which keeps its input, never does.
-
-    Args:
-        u: Conv output of shape (..., C, H, W). Overwritten.
-        z: Logits of the gate, of shape (..., C).
-        layer: Name of the layer, for the message of the error below.
-
-    Returns:
-        ``u``, scaled.
-
-    Raises:
-        RuntimeError: In the backward pass, when the result was changed in place after the forward pass.
-    """
-    if torch.is_grad_enabled() and (u.requires_grad or z.requires_grad):
-        return _GateInPlace.apply(u, z, layer)  # pyright: ignore[reportReturnType]
-    return u.mul_(over_maps(torch.sigmoid(z)))
+def variance(u: Tensor, p: Tensor) -> Tensor:
+    """The population variance of every map of ``u`` (N, C, H, W), given the means ``p`` (N, C): (N, C)."""
+    if not u.is_cpu:
+        return torch.var_mean(u.to(p.dtype), (2, 3), correction=0)[0]
+    # On the CPU `var_mean` takes 10 to 50 times as long as a sum (pytorch issue 69525). A mean square less a squared
+    # mean loses digits where the mean is far above the deviation: those are read again, a question a GPU waits for.
+    q = torch.linalg.vector_norm(u, 2, (2, 3), dtype=p.dtype).square_().div_(u.shape[2] * u.shape[3])
+    q.addcmul_(p, p, value=-1)
+    imprecise = p.square() > 30 * q
+    if imprecise.any():
+        rows = u[imprecise].flatten(1).to(p.dtype)
+        q[imprecise] = rows.sub_(rows.mean(1, keepdim=True)).square_().mean(1)
+    return q
 
 
-def squeeze_excite_(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """Scales every map of ``u`` by its gate ``sigmoid(w2 relu(w1 p))`` in place, without recording gradients.
-
-    The whole block as operators: at batch 1 each of them, and each Python call around them, is a noticeable part of
-    the time.
-
-    Args:
-        u: Conv output of shape (..., C, H, W). Overwritten.
-        w1: Weight of the MLP's first layer, of shape (L, C).
-        w2: Weight of its second layer, of shape (C, L).
-
-    Returns:
-        ``u``, scaled.
-    """
-    *batch, _, height, width = u.shape
-    area = height * width
-    if batch in ([], [1]) and _takes_blas(u, area):
-        # One image: products with a vector, 20 us less per layer of a ResNet-50 than with a matrix of one row. What a
-        # conv gives under autocast doesn't come here: the weights have another dtype, and only F.linear casts them.
-        maps = u.view(-1, area)
-        hidden = torch.mv(w1, torch.mv(maps, _averaging_vector(area, u.dtype))).relu_()
-        maps.mul_(torch.mv(w2, hidden).sigmoid_().unsqueeze(1))
-        return u
-    hidden = F.linear(_mean(u), w1).relu_()
-    return u.mul_(over_maps(F.linear(hidden, w2).sigmoid_()))
+def affine(u: Tensor, p: Tensor | None, a: Tensor, b: Tensor | None) -> Tensor:
+    """``a (u - p) + b`` for maps ``u`` (N, C, H, W) and numbers per map (N, C), in one pass; None is zero."""
+    # Batch norm's kernel in evaluation mode with variance 1 and eps 0. Its `out` variant: a custom function's result
+    # that is a view can't be changed in place by `out += identity`.
+    y, ones, zeros, nothing = torch.empty_like(u), a.new_ones(a.numel()), a.new_zeros(a.numel()), a.new_empty(0)
+    b, p = zeros if b is None else b.reshape(-1), zeros if p is None else p.reshape(-1)
+    kernel: Any = torch.ops.aten.native_batch_norm
+    out = {"out": _single_maps(y), "save_mean": nothing, "save_invstd": nothing}
+    kernel.out(_single_maps(u), a.reshape(-1), b, p, ones, False, 0.0, 0.0, **out)
+    return y
 
 
-def _mean(u: Tensor) -> Tensor:
-    *leading, height, width = u.shape
-    area = height * width
-    if _takes_blas(u, area):
-        # One product with a vector in the place of a sum and a division: in a ResNet-50 at batch 1, where caches are
-        # cold, 20 us less of 44 per layer.
-        return torch.mv(u.view(-1, area), _averaging_vector(area, u.dtype)).view(leading)
-    return u.mean((-2, -1))
+def _weighted_sums(g: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums over H and W of ``g (u - p)`` and of ``g``: two tensors (N, C), in one pass."""
+    ones, kernel = p.new_ones(p.numel()), torch.ops.aten.native_batch_norm_backward
+    maps, only_sums = (_single_maps(g), _single_maps(u)), [False, True, True]
+    _, weighted, plain = kernel(*maps, ones, None, None, p.reshape(-1), ones, True, 0.0, only_sums)  # pyright: ignore
+    return weighted.view_as(p), plain.view_as(p)
 
 
-def _takes_blas(u: Tensor, area: int) -> bool:
-    # A fake tensor, which a dispatch mode may make of plain ones, would leave a fake averaging vector in the cache.
-    return type(u) is Tensor and u.is_cpu and u.dtype in _BLAS_DTYPES and area > 0 and u.is_contiguous()
-
-
-@functools.lru_cache(maxsize=64)
-def _averaging_vector(size: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.full((size,), 1 / size, dtype=dtype, device="cpu")
-
-
-class _Squeeze(torch.autograd.Function):
-    """The mean over H and W with a gradient that is never materialised.
-
-    PyTorch's own gradient of `mean` writes a full-size tensor. A stride-0 view is added to the gate's gradient in
-    place: two full-size passes fewer per layer, and no overflow in float16, which `sum` divided by H*W would bring.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
-        ctx.map_shape = u.shape
-        return _mean(u)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> Tensor:
-        height, width = ctx.map_shape[-2:]
-        return over_maps(grad_outputs[0] / (height * width)).expand(ctx.map_shape)
-
-
-class _Gate(torch.autograd.Function):
-    """``v = u * sigmoid(z)``, saving ``u``."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, z: Tensor) -> Tensor:
-        ctx.save_for_backward(u, z)
-        return u * over_maps(torch.sigmoid(z))
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        u, z = ctx.saved_tensors
-        gates = torch.sigmoid(z)
-        return _gate_backward(ctx.needs_input_grad, grad_outputs[0], u, gates, gates * (1 - gates))
-
-
-class _GateInPlace(torch.autograd.Function):
-    """``v = u * sigmoid(z)`` written over ``u``, saving ``v``."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, z: Tensor, layer: str) -> Tensor:
-        v = u.mul_(over_maps(torch.sigmoid(z)))
-        ctx.mark_dirty(v)
-        ctx.save_for_backward(v, z)
-        ctx.layer = layer
-        return v
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        v, z = saved_with_product(ctx)
-        gates = torch.sigmoid(z)
-        return *_gate_backward(ctx.needs_input_grad, grad_outputs[0], v, gates, 1 - gates), None
-
-
-def saved_with_product(ctx: Any) -> tuple[Tensor, ...]:
-    """What the gate of ``ctx.layer`` saved for backward, its product among it.
-
-    Raises:
-        RuntimeError: When the product was changed in place since; the message names the layer and the cure.
-    """
-    try:
-        return ctx.saved_tensors
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise RuntimeError(
-            f"The output of {ctx.layer} was changed in place after the forward pass, for instance by "
-            "ReLU(inplace=True) or `out += shortcut`, and its gate needs it for backward. "
-            "Apply Squeeze-and-Excitation with inplace=False."
-        ) from error
-
-
-def _gate_backward(
-    needs_input_grad: tuple[bool, ...], g: Tensor, kept: Tensor, gates: Tensor, slope: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the product for ``u`` and ``z``, given ``dL/dz = slope * sum over H, W of g * kept``."""
-    if torch.is_grad_enabled():
-        # Double backward differentiates these lines, so they must not write into anything.
-        return g * over_maps(gates), slope * (g * kept).sum((-2, -1))
-    u_needs_grad, z_needs_grad = needs_input_grad[:2]
-    scratch = torch.mul(kept, g) if z_needs_grad else None
-    grad_z = None if scratch is None else slope * scratch.sum((-2, -1))
-    if not u_needs_grad:
-        return None, grad_z
-    # The scratch tensor is written twice: on two CPU cores a second full-size allocation costs more in page faults
-    # than the arithmetic (3.1 ms against 16 ms on 16x512x28x28).
-    return torch.mul(g, over_maps(gates), out=scratch), grad_z
+def _single_maps(u: Tensor) -> Tensor:
+    return u.view(1, u.shape[0] * u.shape[1], *u.shape[2:])
 
 
 def over_maps(per_channel: Tensor) -> Tensor:
     """A view of (..., C) that broadcasts over maps (..., C, H, W)."""
-    # One `view` where indexing with None takes two operators: 5 us less per layer at batch 1.
     return per_channel.view(*per_channel.shape, 1, 1)
+
+
+class Link:
+    """What the backward pass of `gated_norm` leaves to that of `squeeze`, which writes dL/du once for both."""
+
+    a: Tensor | None = None  # factor (N, C) of the gradient that comes along; None where that is dL/du already
+    dp: Tensor  # the norm's share of dL/dp
+    dq: Tensor | None  # dL/dq; None where the variance of the maps plays no part
+
+
+def squeeze(u: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+    """``u`` (..., C, H, W) for one use by `gated_norm`, with the same ``link``, and its means as `mean` gives them."""
+    return _Squeeze.apply(u, link)  # pyright: ignore[reportReturnType]
+
+
+class _Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+        p = mean(u)
+        ctx.link, ctx.shape, ctx.dtype = link, u.shape, u.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(u, p)
+        return u.view_as(u), p
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (g, dp), link, area = grads, ctx.link, ctx.shape[-2] * ctx.shape[-1]
+        if g is None or link.a is None:
+            # A view of stride 0: PyTorch's own gradient of the mean writes a full-size tensor.
+            through_p = None if dp is None else over_maps(dp / area).to(ctx.dtype).expand(ctx.shape)
+            return through_p if g is None else g if through_p is None else g + through_p, None
+        u, p = ctx.saved_tensors
+        return _gradient_of_maps(g, u, p, link.a, link.dp if dp is None else dp + link.dp, link.dq), None
+
+
+def _gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
+    area = u.shape[2] * u.shape[3]
+    if dq is None:
+        return affine(g, None, a, dp / area)
+    return affine(g, None, a, None).add_(affine(u, p, dq * (2 / area), dp / area))
+
+
+def gate(u: Tensor, z: Tensor) -> Tensor:
+    """``u * sigmoid(z)`` for maps ``u`` (..., C, H, W) and logits ``z`` (..., C): a new tensor."""
+    return u * over_maps(torch.sigmoid(z))
+
+
+def gate_(u: Tensor, z: Tensor) -> Tensor:
+    """`gate` in place, without recording gradients."""
+    return u.mul_(over_maps(torch.sigmoid(z)))
+
+
+def gate_gradients(g: Tensor, u: Tensor, z: Tensor, *, overwritten: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of `gate` for ``u`` and ``z``; ``overwritten`` says that the product lies where ``u`` was."""
+    s = torch.sigmoid(z)
+    if overwritten:  # dL/dz = s (1 - s) Σ g u = (1 - s) Σ g v
+        v: Any = _Overwritten.apply(u, z) if torch.is_grad_enabled() else u
+        return g * over_maps(s), (1 - s) * (g * v).sum((-2, -1))
+    return g * over_maps(s), s * (1 - s) * (g * u).sum((-2, -1))
+
+
+class _Overwritten(torch.autograd.Function):
+    """`gate` where the memory of ``u`` holds the product already: for derivatives of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, z: Tensor) -> Tensor:
+        ctx.save_for_backward(u, z)
+        return u.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
+        return gate_gradients(grads[0], *ctx.saved_tensors, overwritten=True)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation of (N, C, H, W), in the words of `torch.nn.functional`.
+
+    Attributes:
+        groups: In how many groups the channels of one image are normalised, or None for channels of the whole batch.
+        fixed: Whether the running statistics, (C,), stand in the place of the input's.
+    """
+
+    groups: int | None
+    eps: float
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.0
+    fixed: bool = False
+
+    def of(self, v: Tensor) -> Tensor:
+        """The normalised ``v``, by PyTorch; running statistics stay as they are."""
+        if self.groups is not None:
+            return F.group_norm(v, self.groups, self.weight, self.bias, self.eps)
+        running = (self.running_mean, self.running_var) if self.fixed else (None, None)
+        return F.batch_norm(v, *running, self.weight, self.bias, not self.fixed, 0.0, self.eps)
+
+    def update(self, m: Tensor, r: Tensor, count: int) -> None:
+        """Moves the running statistics to means and variances that come from ``count`` numbers each."""
+        for running, of_input in ((self.running_mean, m), (self.running_var, r * (count / (count - 1)))):
+            if running is not None:
+                running.lerp_(of_input.mean(0).view(-1).to(running.dtype), self.momentum)
+
+
+def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, norm: Norm, link: Link | None) -> Tensor:
+    """``norm(u * sigmoid(z))`` without the product; running statistics are updated unless they are fixed.
+
+    ``u`` is (N, C, H, W), with the means ``p`` and the logits ``z`` of the gates, (N, C). Once per map, ``through`` and
+    ``link`` are those of `squeeze`, which then writes the gradient of ``u``; after that they are ``u`` and None.
+    """
+    inputs = through, z, norm.weight, norm.bias, u, p.detach(), norm, link
+    return _GatedNorm.apply(*inputs)  # pyright: ignore[reportReturnType]
+
+
+class _GatedNorm(torch.autograd.Function):
+    """Numbers per map have the shape (N, G, C/G); the statistics are means over the batch, or over a group.
+
+    Written out, because as forty recorded operators the arithmetic on them takes as long as small maps do.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, _: Any, z: Tensor, weight: Any, bias: Any, u: Tensor, p: Tensor, norm: Norm, link: Any
+    ) -> Tensor:
+        (n, c), groups = p.shape, norm.groups or 1
+        grouped, dim = (n, groups, c // groups), 0 if norm.groups is None else 2
+
+        def per_channel(t: Any) -> Tensor:
+            return t.to(p.dtype).view(1, *grouped[1:])
+
+        s, q = torch.sigmoid(z.to(p.dtype)).view(grouped), None
+        d = s * p.view(grouped)
+        if norm.fixed:
+            d -= per_channel(norm.running_mean)
+            inverse = (per_channel(norm.running_var) + norm.eps).rsqrt_()
+        else:
+            q = variance(u, p).view(grouped)
+            m = d.mean(dim, keepdim=True)
+            d -= m
+            r = torch.addcmul(d.square(), s.square(), q).mean(dim, keepdim=True)
+            norm.update(m, r, u.numel() // m.numel())
+            inverse = (r + norm.eps).rsqrt_()
+        i = inverse if weight is None else inverse * per_channel(weight)
+        b = d * i if bias is None else torch.addcmul(per_channel(bias), d, i)
+        fixed = (norm.running_mean, norm.running_var) if norm.fixed else (None, None)
+        ctx.save_for_backward(u, z, weight, bias, p, s, q, d, inverse, i, *fixed)
+        ctx.norm, ctx.link, ctx.dim = norm, link, dim
+        return affine(u, p, (s * i).view(n, c), b.view(n, c))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        u, z, weight, bias, p, s, q, d, inverse, i, *fixed = ctx.saved_tensors
+        g, link, dim, needed = grads[0].contiguous(), ctx.link, ctx.dim, ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():
+            if link is not None:
+                link.a = None  # what goes to `squeeze` is dL/du
+            norm = replace(ctx.norm, running_mean=fixed[0], running_var=fixed[1])
+            return *_recorded_gradients(norm, g, (u, z, weight, bias), needed), *(None,) * 4
+        da, db = (t.view(s.shape) for t in _weighted_sums(g, u, p))
+        d_i = torch.addcmul(da * s, db, d)
+        d_s, d_sp, d_q = da * i, db * i, None
+        if q is not None:
+            d_inverse = (d_i if weight is None else d_i * weight.to(p.dtype).view(1, *s.shape[1:])).sum(
+                dim, keepdim=True
+            )
+            # dL/dr for each term of the mean r = mean of (d² + s² q).
+            d_term = d_inverse * inverse**3 * (-0.5 / s.shape[dim])
+            d_sp = torch.addcmul(d_sp, d, d_term, value=2)
+            d_sp = d_sp - d_sp.mean(dim, keepdim=True)
+            d_s = torch.addcmul(d_s, s * q, d_term, value=2)
+            d_q = (s.square() * d_term).view_as(p)
+        du, a, dp = g, (s * i).view_as(p), (s * (d_sp - i * db)).view_as(p)
+        if link is not None:
+            link.a, link.dp, link.dq = a, dp, d_q
+        elif needed[0]:
+            du = _gradient_of_maps(g, u, p, a, dp, d_q)
+        d_s = torch.addcmul(d_s, p.view(s.shape), d_sp)
+        return (
+            du if needed[0] else None,
+            (d_s * s * (1 - s)).view_as(z).to(z.dtype) if needed[1] else None,
+            (d_i * inverse).sum(0).view(-1).type_as(weight) if needed[2] else None,
+            db.sum(0).view(-1).type_as(bias) if needed[3] else None,
+            *(None,) * 4,
+        )
+
+
+def _recorded_gradients(norm: Norm, g: Tensor, inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Any, ...]:
+    """The gradients of `gated_norm` by PyTorch's own formulas, which can be differentiated again."""
+    # Views, so that the gradient of u is not also taken through z, which was computed from u. And of u itself, not of
+    # what `squeeze` returned for it: when this is differentiated, the gradient must not be scaled there again.
+    views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
+    y = replace(norm, weight=views[2], bias=views[3]).of(gate(*views[:2]))
+    wanted = [t for t, is_needed in zip(views, needed, strict=True) if is_needed]
+    found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
+    return tuple(next(found) if is_needed else None for is_needed in needed)

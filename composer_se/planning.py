@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from composer_se.selection import RECOMMENDED_LATENT_CHANNELS, ConvChoice, select_convs
+from composer_se.options import RECOMMENDED_LATENT_CHANNELS, SqueezeExciteOptions
+from composer_se.selection import ConvChoice, select_convs
 
 __all__ = ["ConvPlan", "Plan", "plan"]
 
@@ -144,10 +145,10 @@ class Plan:
 
 def plan(
     model: nn.Module,
-    latent_channels: float = 64,
-    min_channels: int | str = 128,
+    latent_channels: float = SqueezeExciteOptions.latent_channels,
+    min_channels: int | str = SqueezeExciteOptions.min_channels,
     *,
-    min_channels_of: str = "output",
+    min_channels_of: str = SqueezeExciteOptions.min_channels_of,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -159,7 +160,7 @@ def plan(
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
-        latent_channels: As in `apply_squeeze_excite`. Default: ``64``.
+        latent_channels: As in `composer_se.SqueezeExciteOptions`. Default: ``64``.
         min_channels: As there. Default: ``128``.
         min_channels_of: As there. Default: ``"output"``.
         include: As there. Default: all.
@@ -178,14 +179,8 @@ def plan(
         >>> composer_se.plan(resnet50(), min_channels=512, image_size=224).added_parameters
         2686976
     """
-    selection = select_convs(
-        model,
-        latent_channels,
-        min_channels,
-        min_channels_of=min_channels_of,
-        include=include,
-        exclude=exclude,
-    )
+    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude)
+    selection = select_convs(model, options)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"image_size is {image_size!r}; give a height and a width in pixels, each at least 1.")

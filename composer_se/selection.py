@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import math
-import numbers
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,12 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from composer_se.modules import SqueezeExciteConv2d, check_latent_channels, latent_width
+from composer_se.modules import SqueezeExciteConv2d
+from composer_se.options import RECOMMENDED_MIN_CHANNELS, SqueezeExciteOptions, latent_width
 
-__all__ = ["ConvChoice", "Selection", "check_min_channels", "select_convs"]
+__all__ = ["ConvChoice", "Selection", "select_convs"]
 
-RECOMMENDED_LATENT_CHANNELS = 64
-RECOMMENDED_MIN_CHANNELS = 512
 HAS_SE = "has SE already"
 
 _SE_CLASS = re.compile(
@@ -70,62 +67,7 @@ class Selection:
         return tuple(choice for choice in self.choices if choice.chosen)
 
 
-def check_min_channels(min_channels: int | str) -> None:
-    """Checks a threshold on channels.
-
-    Args:
-        min_channels: A whole number >= 1, or ``"auto"``.
-
-    Raises:
-        TypeError: If it is neither a number nor ``"auto"``.
-        ValueError: If it is a number but not a whole one >= 1.
-    """
-    advice = 'Give the least number of output channels of a conv that gets SE, a whole number >= 1, or "auto".'
-    if min_channels == "auto":
-        return
-    if isinstance(min_channels, bool | str) or not isinstance(min_channels, numbers.Real):
-        raise TypeError(f"min_channels is {min_channels!r} of type {type(min_channels).__name__}. {advice}")
-    if not math.isfinite(min_channels) or min_channels < 1 or min_channels != int(min_channels):
-        raise ValueError(f"min_channels is {min_channels!r}. {advice}")
-
-
-def check_min_channels_of(min_channels_of: str) -> None:
-    """Checks which channels the threshold applies to.
-
-    Raises:
-        ValueError: If it is neither ``"output"`` nor ``"both"``.
-    """
-    if min_channels_of not in ("output", "both"):
-        raise ValueError(
-            f'min_channels_of is {min_channels_of!r}; choose "output" (the output channels count) or '
-            '"both" (input and output channels do, as in Composer\'s built-in algorithm).'
-        )
-
-
-def as_patterns(patterns: str | Sequence[str] | None, option: str) -> tuple[str, ...]:
-    """A tuple of glob patterns, from one pattern, several or none.
-
-    Raises:
-        TypeError: If a pattern is not a string.
-    """
-    if patterns is None:
-        return ()
-    as_tuple = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    for pattern in as_tuple:
-        if not isinstance(pattern, str):
-            raise TypeError(f"{option} holds {pattern!r}; give glob patterns over qualified module names, as strings.")
-    return as_tuple
-
-
-def select_convs(
-    model: nn.Module,
-    latent_channels: float = 64,
-    min_channels: int | str = 128,
-    *,
-    min_channels_of: str = "output",
-    include: str | Sequence[str] | None = None,
-    exclude: str | Sequence[str] | None = None,
-) -> Selection:
+def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     """Chooses the convs of a model that get a Squeeze-and-Excitation block. Changes nothing.
 
     A conv is passed over when it has a block already, when it is part of an existing SE block or works on the 1×1 map
@@ -133,28 +75,16 @@ def select_convs(
 
     Args:
         model: The model.
-        latent_channels: Hidden width of the blocks: a whole number >= 1, or a share of the conv's output channels in
-            (0, 1). Default: ``64``.
-        min_channels: The least number of channels of a conv that gets a block. ``"auto"`` is the smaller of 512 and
-            the largest number in the model. Default: ``128``.
-        min_channels_of: ``"output"`` compares the output channels, ``"both"`` the smaller of input and output channels
-            as Composer's built-in algorithm does. Default: ``"output"``.
-        include: Glob patterns over qualified names; only convs that match one, or lie in a module that does, are
-            chosen. A pattern that is a conv's full name also overrides the rule on existing SE blocks. A leading
-            ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
-        exclude: Glob patterns, in the same way, of convs to pass over. Default: none.
+        options: The options.
 
     Returns:
         The choice for every `torch.nn.Conv2d`.
 
     Raises:
-        TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
-        ValueError: If an argument is out of range, a pattern matches no conv, or the model is itself a conv.
+        TypeError: If the model is wrapped in DDP or FSDP.
+        ValueError: If a pattern matches no conv, or the model is itself a conv.
     """
-    check_latent_channels(latent_channels)
-    check_min_channels(min_channels)
-    check_min_channels_of(min_channels_of)
-    include, exclude = as_patterns(include, "include"), as_patterns(exclude, "exclude")
+    include, exclude = tuple(options.include or ()), tuple(options.exclude or ())
     _check_model(model)
     names = _conv_names(model)
     _check_patterns(include, "include", names)
@@ -163,7 +93,8 @@ def select_convs(
     unsuited = _unsuited_convs(model)
 
     def count(conv: nn.Conv2d) -> int:
-        return conv.out_channels if min_channels_of == "output" else min(conv.in_channels, conv.out_channels)
+        of_output = options.min_channels_of == "output"
+        return conv.out_channels if of_output else min(conv.in_channels, conv.out_channels)
 
     def why_not(conv: nn.Conv2d) -> str | None:
         if conv in attached or getattr(conv, "_already_squeeze_excited", False):
@@ -177,12 +108,12 @@ def select_convs(
         return None
 
     reasons = {conv: why_not(conv) for conv in names}
-    if min_channels == "auto":
+    if options.min_channels == "auto":
         # With those that have a block, so that the threshold does not sink when the same call is made again.
         largest = max((count(conv) for conv, reason in reasons.items() if reason in (None, HAS_SE)), default=1)
         threshold = min(RECOMMENDED_MIN_CHANNELS, largest)
     else:
-        threshold = int(min_channels)
+        threshold = int(options.min_channels)
 
     def choose(conv: nn.Conv2d) -> ConvChoice:
         name, reason = names[conv][0], reasons[conv]
@@ -190,7 +121,7 @@ def select_convs(
             return ConvChoice(name, conv, False, reason, attached.get(conv, 0))
         if count(conv) < threshold:
             return ConvChoice(name, conv, False, f"{count(conv)} channels < {threshold}", 0, too_narrow=True)
-        return ConvChoice(name, conv, True, "chosen", latent_width(latent_channels, conv.out_channels))
+        return ConvChoice(name, conv, True, "chosen", latent_width(options.latent_channels, conv.out_channels))
 
     return Selection(tuple(choose(conv) for conv in names), threshold)
 

@@ -150,7 +150,7 @@ def test_initial_weights_depend_on_the_seed_of_rank_zero_alone() -> None:
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda algorithm: pickle.loads(pickle.dumps(algorithm))])
 def test_repr_recreates_it_and_it_can_be_pickled(copied) -> None:
-    algorithm = SqueezeExcite(0.25, "auto", min_channels_of="both", include="layer4", exclude=["a", "b"], inplace=False)
+    algorithm = SqueezeExcite(0.25, "auto", min_channels_of="both", include="layer4", exclude=["a", "b"])
     assert repr(eval(repr(algorithm), {"composer_se": composer_se})) == repr(algorithm)
     assert repr(copied(algorithm)) == repr(algorithm)
     assert type(copied(algorithm)) is SqueezeExcite
@@ -180,7 +180,6 @@ def test_attributes_of_a_subclass_are_no_options() -> None:
         ({"min_channels_of": "input"}, ValueError),
         ({"include": 3}, TypeError),
         ({"exclude": [None]}, TypeError),
-        ({"inplace": "sometimes"}, ValueError),
     ],
 )
 def test_wrong_arguments_are_refused_when_it_is_made(arguments, error) -> None:
@@ -205,6 +204,32 @@ def test_checkpoint_that_needs_the_algorithm_adds_it(whole_run) -> None:
         resumed = trainer([], load_path=str(folder / "ep1.pt"))
     assert [type(algorithm) for algorithm in resumed.state.algorithms] == [SqueezeExcite]
     assert num_layers(resumed) == 2
+    resumed.fit()
+    assert_equal_weights(resumed, uninterrupted)
+
+
+def test_inplace_of_earlier_versions_is_answered_by_one_warning_and_changes_nothing(whole_run, caplog) -> None:
+    uninterrupted, _ = whole_run
+    run = trainer([SqueezeExcite(**OPTIONS, inplace=False)])
+    run.fit()
+    assert warnings_of_inplace(caplog) == ["inplace=False is not needed any more and does nothing: leave it out."]
+    assert repr(run.state.algorithms[0]) == repr(SqueezeExcite(**OPTIONS))
+    assert_equal_weights(run, uninterrupted)
+
+
+def warnings_of_inplace(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [message for message in caplog.messages if "inplace" in message]
+
+
+def test_checkpoint_of_an_earlier_version_that_needs_the_algorithm_adds_it(whole_run, tmp_path, caplog) -> None:
+    uninterrupted, folder = whole_run
+    checkpoint = torch.load(folder / "ep1.pt", weights_only=False)
+    ((_, stored),) = checkpoint["state"]["algorithms"]
+    stored["repr"] = stored["repr"].replace(")", ", inplace='auto')")
+    torch.save(checkpoint, tmp_path / "ep1.pt")
+    with pytest.warns(UserWarning, match=r"Automatically adding required_on_load algorithm composer_se\.SqueezeExcite"):
+        resumed = trainer([], load_path=str(tmp_path / "ep1.pt"))
+    assert warnings_of_inplace(caplog) == ["inplace='auto' is not needed any more and does nothing: leave it out."]
     resumed.fit()
     assert_equal_weights(resumed, uninterrupted)
 

@@ -126,8 +126,8 @@ def test_deferred_initialisation() -> None:
     images = torch.randn(2, 3, 8, 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(images).square().sum().backward()
-    before = [layer.se.pool_and_mlp[2].weight.detach().clone() for layer in added.values()]
+    before = [layer.se.pool_and_mlp["2"].weight.detach().clone() for layer in added.values()]
     optimizer.step()
-    after = [layer.se.pool_and_mlp[2].weight for layer in added.values()]
+    after = [layer.se.pool_and_mlp["2"].weight for layer in added.values()]
     assert all(weight.isfinite().all() for weight in after)
     assert not any(torch.equal(one, other) for one, other in zip(before, after, strict=True))

@@ -11,6 +11,7 @@ from composer_se.cost.variants import make_variants
 from composer_se.errors import UserError
 from composer_se.measure.steps import image_batch, loss_of
 from composer_se.modules import SqueezeExciteConv2d
+from composer_se.options import SqueezeExciteOptions
 
 
 class Shared(nn.Module):
@@ -27,7 +28,7 @@ class Shared(nn.Module):
         return self.head(self.again(self.body(self.stem(x)))).mean((2, 3))
 
 
-OPTIONS = {"latent_channels": 0.5, "min_channels_of": "both"}
+OPTIONS = SqueezeExciteOptions(latent_channels=0.5, min_channels_of="both")
 
 
 def test_all_variants_have_the_same_weights_and_ours_computes_what_composers_does():
@@ -67,7 +68,7 @@ def test_instances_of_a_variant_share_no_memory_with_each_other_or_the_network()
 
 
 def test_auto_is_shown_with_the_threshold_it_stands_for_and_an_unfit_setting_is_left_out():
-    variants, notes = make_variants(Shared(), ("auto", 1000), {}, against_composer=False)
+    variants, notes = make_variants(Shared(), ("auto", 1000), SqueezeExciteOptions(), against_composer=False)
     assert [variant.name for variant in variants] == ["plain", "ours auto (16)"]
     assert notes == ["min_channels=1000 fits no conv of this network: left out"]
 
@@ -75,9 +76,8 @@ def test_auto_is_shown_with_the_threshold_it_stands_for_and_an_unfit_setting_is_
 @pytest.mark.parametrize(
     ("min_channels", "options", "message"),
     [
-        ((1000,), {}, "min_channels=1000 fits no conv"),
-        ((8,), {"include": "nothing.*"}, "matches no Conv2d"),
-        ((8,), {"inplace": "maybe"}, "inplace"),
+        ((1000,), SqueezeExciteOptions(), "min_channels=1000 fits no conv"),
+        ((8,), SqueezeExciteOptions(include="nothing.*"), "matches no Conv2d"),
     ],
 )
 def test_options_that_cannot_be_measured_are_refused(min_channels, options, message):

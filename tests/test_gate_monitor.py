@@ -7,7 +7,6 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from two_process_gates import images, small_network, train
 
-from composer_se import GateMonitor, SqueezeExcite, ops
+from composer_se import GateMonitor, SqueezeExcite, SqueezeExciteConv2d, ops
 from composer_se.gates.observe import NEAR, describe, gate_sums, se_blocks
 
 STATISTICS = {"mean", "std_over_samples", "std_over_channels", "share_near_0", "share_near_1"}
@@ -53,26 +52,31 @@ def logged(trainer: Trainer) -> dict[str, list[float]]:
     return {key: [float(v) for _, v in log] for key, log in memory.data.items() if key.startswith("gates/")}
 
 
-def gates_of_first_batch() -> Iterator[tuple[str, torch.Tensor]]:
-    """The gates of every layer for the first batch, by the modules' own sigmoid."""
+def gates_of_first_batch() -> dict[str, torch.Tensor]:
+    """The gates of every layer for the first batch, by the plain formula."""
     seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, wrapper: SqueezeExciteConv2d) -> None:
+        w1, w2 = wrapper.se.parameters()
+
+        def hook(conv: nn.Module, args: Any, u: torch.Tensor) -> None:
+            seen[name] = torch.sigmoid(torch.relu(u.mean((2, 3)) @ w1.T) @ w2.T).detach()
+
+        wrapper.conv.register_forward_hook(hook)
 
     class Watch(Callback):
         def batch_start(self, state: State, logger: Logger) -> None:
-            if not seen:
-                network = state.model.module
-                for name in LAYERS:
-                    sigmoid = network.get_submodule(name).se.pool_and_mlp[5]
-                    sigmoid.register_forward_hook(lambda _, __, gates, name=name: seen.setdefault(name, gates.detach()))
+            for name in LAYERS:
+                watch(name, state.model.module.get_submodule(name))
 
     fit(Watch(), duration="1ba")
-    yield from seen.items()
+    return seen
 
 
 def test_statistics_are_those_of_the_gates() -> None:
     logs = logged(fit(GateMonitor(), duration="1ba"))
     assert set(logs) == {f"gates/{statistic}/{layer}" for statistic in STATISTICS for layer in LAYERS}
-    for name, gates in gates_of_first_batch():
+    for name, gates in gates_of_first_batch().items():
         gates = gates.double()
         assert gates.shape[0] == 12
         expected = {
@@ -139,18 +143,18 @@ def test_evaluation_between_batches_changes_no_statistic() -> None:
     assert evaluated == plain
 
 
-def test_observed_batches_keep_the_gate_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    in_place = 0
+def test_in_observed_batches_norms_still_take_the_gates_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = 0
 
     def spy(*args: Any) -> torch.Tensor:
-        nonlocal in_place
-        in_place += 1
-        return gate_(*args)
+        nonlocal taken
+        taken += 1
+        return gated_norm(*args)
 
-    gate_ = ops.gate_
-    monkeypatch.setattr(ops, "gate_", spy)
+    gated_norm = ops.gated_norm
+    monkeypatch.setattr(ops, "gated_norm", spy)
     fit(GateMonitor("1ba"), duration="3ba")
-    assert in_place == 3 * len(LAYERS)
+    assert taken == 3 * len(LAYERS)
 
 
 def test_training_is_the_same_to_the_last_bit() -> None:
@@ -200,11 +204,11 @@ class SetWeights(Callback):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         mlp = state.model.module.get_submodule("0").se.pool_and_mlp
-        nn.init.constant_(mlp[2].weight, self.weights[0])
-        nn.init.constant_(mlp[4].weight, self.weights[1])
+        nn.init.constant_(mlp["2"].weight, self.weights[0])
+        nn.init.constant_(mlp["4"].weight, self.weights[1])
         with torch.no_grad():
             # Some hidden unit is active whatever the sign of the mean map, so that every gate is far from 1/2.
-            mlp[2].weight[::2] *= -1
+            mlp["2"].weight[::2] *= -1
 
 
 @pytest.mark.parametrize(

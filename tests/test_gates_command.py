@@ -28,7 +28,7 @@ def network() -> nn.Sequential:
     apply_squeeze_excite(network, 4, 8)
     with torch.no_grad():
         for block in (network[0].se, network[3].se):
-            block.pool_and_mlp[4].weight *= 20  # gates that move, so that fixing them matters
+            block.pool_and_mlp["4"].weight *= 20  # gates that move, so that fixing them matters
     return network.eval()
 
 
@@ -40,10 +40,12 @@ def batches() -> Batches:
 
 
 def gates_of(network: nn.Sequential, layer: int, batches: Batches) -> Tensor:
-    """The gates by the block's own modules, (N, C)."""
+    """The gates by the plain formula, (N, C)."""
     wrapper = network[layer]
+    w1, w2 = wrapper.se.parameters()
     with torch.no_grad():
-        return torch.cat([wrapper.se.pool_and_mlp(wrapper.conv(network[:layer](images))) for images, _ in batches])
+        means = torch.cat([wrapper.conv(network[:layer](images)).mean((2, 3)) for images, _ in batches])
+        return torch.sigmoid(torch.relu(means @ w1.T) @ w2.T)
 
 
 def test_statistics_by_class_are_those_of_the_gates(network: nn.Sequential, batches: Batches) -> None:

@@ -1,15 +1,16 @@
-"""The squeeze and the gate against a few lines of plain PyTorch."""
+"""Squeeze, gate, and gate and norm together, against a few lines of plain PyTorch."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import plain_gate
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
-from torch.utils.checkpoint import checkpoint
 
 from composer_se import ops
 
@@ -36,24 +37,17 @@ def leaves(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
     return maps, logits
 
 
-def gate_in_place(u: Tensor, z: Tensor) -> Tensor:
-    """`ops.gate_` on a copy, since a leaf that requires grad can't be overwritten."""
-    return ops.gate_(u.clone(), z)
-
-
-def squeeze_and_gate(gate, u: Tensor, z: Tensor) -> Tensor:
+def squeeze_and_gate(u: Tensor, z: Tensor) -> Tensor:
     """Both gradients of ``u`` together, as in a block: through the product and through the squeeze."""
-    u = u.clone()
-    return gate(u, z + ops.squeeze(u))
+    return ops.gate(u, z + ops.squeeze(u, ops.Link())[1].to(u.dtype))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("gate", [ops.gate, ops.gate_], ids=["kept", "in place"])
-def test_value_and_gradients_are_those_of_the_plain_formula(gate, shape, dtype) -> None:
+def test_gate_is_the_plain_formula(shape, dtype) -> None:
     u, z = leaves(shape, dtype)
     g = torch.randn(shape, dtype=torch.float64).to(dtype)
-    out = squeeze_and_gate(gate, u, z)
+    out = squeeze_and_gate(u, z)
     grads = torch.autograd.grad(out, (u, z), g)
 
     expected = plain_gate(u, z + u.mean((-2, -1)))
@@ -64,119 +58,235 @@ def test_value_and_gradients_are_those_of_the_plain_formula(gate, shape, dtype) 
         torch.testing.assert_close(grad, expected_grad, **TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("gate", [ops.gate, gate_in_place], ids=["kept", "in place"])
-def test_first_and_second_derivatives_pass_the_numerical_check(gate) -> None:
+def test_gates_derivatives_pass_the_numerical_check() -> None:
     u, z = leaves((2, 3, 3, 2))
-    function = functools.partial(squeeze_and_gate, gate)
-    assert torch.autograd.gradcheck(function, (u, z))
-    assert torch.autograd.gradgradcheck(function, (u, z))
-
-
-@pytest.mark.parametrize("gate", [ops.gate, gate_in_place], ids=["kept", "in place"])
-@pytest.mark.parametrize("frozen", ["maps", "logits"])
-def test_gradient_of_one_side_alone(gate, frozen) -> None:
-    u, z = leaves((2, 3, 4, 4))
-    fixed, free = (u, z) if frozen == "maps" else (z, u)
-    fixed.requires_grad_(False)
-    grad = torch.autograd.grad(gate(u, z).square().sum(), free)[0]
-    expected = torch.autograd.grad(plain_gate(u, z).square().sum(), free)[0]
-    torch.testing.assert_close(grad, expected)
-
-
-@pytest.mark.parametrize("gate", [ops.gate, gate_in_place], ids=["kept", "in place"])
-def test_backward_twice_through_a_retained_graph(gate) -> None:
-    u, z = leaves((2, 3, 4, 4))
-    out = gate(u, z)
-    first = torch.autograd.grad(out.sum(), (u, z), retain_graph=True)
-    second = torch.autograd.grad(out.sum(), (u, z))
-    torch.testing.assert_close(first, second)
-
-
-def test_gradient_has_the_memory_format_of_the_maps() -> None:
-    u, z = leaves((2, 8, 5, 5))
-    u = u.detach().to(memory_format=torch.channels_last).requires_grad_()
-    out = ops.gate(u, z)
-    (grad,) = torch.autograd.grad(out.square().sum(), u)
-    assert out.is_contiguous(memory_format=torch.channels_last)
-    assert grad.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("record_gradients", [True, False])
-def test_in_place_gate_returns_the_memory_it_was_given(record_gradients) -> None:
-    u, z = leaves((2, 3, 4, 4))
-    with torch.set_grad_enabled(record_gradients):
-        maps = u.clone()
-        expected = plain_gate(maps, z).detach()
-        out = ops.gate_(maps, z)
-    assert out.data_ptr() == maps.data_ptr()
-    torch.testing.assert_close(out.detach(), expected)
-
-
-def test_kept_gate_leaves_the_maps_as_they_are() -> None:
-    u, z = leaves((2, 3, 4, 4))
-    before = u.detach().clone()
-    with torch.no_grad():
-        ops.gate(u, z)
-    ops.gate(u, z)
-    assert torch.equal(u, before)
-
-
-def test_kept_gate_allows_the_next_layer_to_work_in_place() -> None:
-    u, z = leaves((2, 3, 4, 4))
-    grad = torch.autograd.grad(ops.gate(u, z).relu_().sum(), u)[0]
-    torch.testing.assert_close(grad, torch.autograd.grad(plain_gate(u, z).relu().sum(), u)[0])
-
-
-def test_change_after_the_in_place_gate_is_an_error_that_names_layer_and_cure() -> None:
-    u, z = leaves((2, 3, 4, 4))
-    out = ops.gate_(u.clone(), z, "layer1.0.conv2").relu_()
-    with pytest.raises(RuntimeError, match=r"layer1\.0\.conv2 was changed in place.*inplace=False"):
-        out.sum().backward()
-
-
-def test_in_place_gate_keeps_nothing_but_its_result() -> None:
-    u, z = leaves((4, 8, 16, 16))
-    kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        out = ops.gate_(u.clone(), z)
-    maps = [tensor for tensor in kept if tensor.numel() == u.numel()]
-    assert [tensor.data_ptr() for tensor in maps] == [out.data_ptr()]
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-def test_activation_checkpointing_gives_the_same_gradients(use_reentrant) -> None:
-    u, z = leaves((2, 3, 4, 4))
-    block = functools.partial(squeeze_and_gate, ops.gate_)
-    out = checkpoint(block, u, z, use_reentrant=use_reentrant)
-    assert isinstance(out, Tensor)
-    grads = torch.autograd.grad(block(u, z).square().sum(), (u, z))
-    out.square().sum().backward()
-    assert u.grad is not None
-    torch.testing.assert_close((u.grad, z.grad), grads)
-
-
-def test_saved_tensors_may_be_moved_away() -> None:
-    u, z = leaves((2, 3, 4, 4))
-    with save_on_cpu():
-        out = squeeze_and_gate(ops.gate_, u, z)
-    grads = torch.autograd.grad(out.square().sum(), (u, z))
-    expected = plain_gate(u, z + u.mean((-2, -1))).square().sum()
-    torch.testing.assert_close(grads, torch.autograd.grad(expected, (u, z)))
-
-
-def test_squeeze_of_a_large_float16_map_does_not_overflow() -> None:
-    u = torch.full((1, 2, 256, 256), 8.0, dtype=torch.float16, requires_grad=True)  # the sum is 524,288
-    squeezed = ops.squeeze(u)
-    assert squeezed.tolist() == [[8.0, 8.0]]
-    squeezed.sum().backward()
-    assert u.grad is not None
-    assert torch.isfinite(u.grad).all()
+    assert torch.autograd.gradcheck(squeeze_and_gate, (u, z))
+    assert torch.autograd.gradgradcheck(squeeze_and_gate, (u, z))
 
 
 def test_gradient_of_the_squeeze_is_not_materialised() -> None:
     u, _ = leaves((2, 3, 8, 8))
-    (grad,) = torch.autograd.grad(ops.squeeze(u).sum(), u)
+    (grad,) = torch.autograd.grad(ops.squeeze(u, ops.Link())[1].sum(), u)
     assert grad.untyped_storage().nbytes() == 2 * 3 * grad.element_size()
+
+
+def test_mean_of_a_large_float16_map_does_not_overflow() -> None:
+    u = torch.full((1, 2, 256, 256), 8.0, dtype=torch.float16, requires_grad=True)  # the sum is 524,288
+    _, p = ops.squeeze(u, ops.Link())
+    assert p.tolist() == [[8.0, 8.0]]
+    p.sum().backward()
+    assert u.grad is not None
+    assert u.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0, 30.0, 1e3, 1e5])
+def test_variance_is_as_exact_as_its_input_however_far_the_mean(offset) -> None:
+    u = torch.randn(3, 5, 28, 28) + offset * torch.randn(3, 5, 1, 1)
+    u[0, 0] = 7.3  # constant
+    exact = u.double().var((2, 3), correction=0)
+    # The mean of float32 numbers of this size is known to within a few of their last digits.
+    rounding = (u.abs().amax((2, 3)).double() * 2**-23) ** 2
+    error = (ops.variance(u, ops.mean(u)).double() - exact).abs()
+    assert (error <= 1e-5 * exact + rounding).all()
+
+
+# Gate and norm together.
+
+
+def conv_se_norm(u: Tensor, w1: Tensor, w2: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+    """The plain formula."""
+    return norm(plain_gate(u, torch.relu(u.mean((2, 3)) @ w1.T) @ w2.T))
+
+
+def fused(
+    u: Tensor, w1: Tensor, w2: Tensor, weight: Tensor | None, bias: Tensor | None, norm: ops.Norm, again: bool = False
+) -> Tensor:
+    link = ops.Link()
+    through, p = ops.squeeze(u, link)
+    z = torch.relu(p.to(u.dtype) @ w1.T) @ w2.T
+    norm = replace(norm, weight=weight, bias=bias)
+    return ops.gated_norm(u, u, p, z, norm, None) if again else ops.gated_norm(through, u, p, z, norm, link)
+
+
+def running(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    mean, var = torch.randn(8, generator=generator), torch.rand(8, generator=generator) + 0.5
+    return mean.to(dtype), var.to(dtype)
+
+
+EPS = 1e-3
+
+
+def norm_of(groups: int | None, m: Tensor, v: Tensor, *, fixed: bool = False) -> ops.Norm:
+    return ops.Norm(groups, EPS, None, None, m, v, 0.3, fixed)
+
+
+NORMS: dict[str, tuple[Callable[..., ops.Norm], Callable[..., Tensor]]] = {
+    "batch": (
+        lambda m, v: norm_of(None, m, v),
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, True, 0.3, EPS),
+    ),
+    "batch, running statistics": (
+        lambda m, v: norm_of(None, m, v, fixed=True),
+        lambda x, m, v, w, b: F.batch_norm(x, m, v, w, b, False, 0.3, EPS),
+    ),
+    "group": (lambda m, v: ops.Norm(2, EPS), lambda x, m, v, w, b: F.group_norm(x, 2, w, b, EPS)),
+    "instance": (
+        lambda m, v: norm_of(8, m, v),
+        lambda x, m, v, w, b: F.instance_norm(x, m, v, w, b, True, 0.3, EPS),
+    ),
+}
+every_norm = pytest.mark.parametrize("kind", NORMS)
+
+
+def inputs(dtype: torch.dtype, shape: tuple[int, ...] = (6, 8, 7, 9)) -> list[Tensor]:
+    """u, w1, w2, weight and bias; the maps' means are as large as their deviations."""
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    u = numbers(*shape) + numbers(*shape[:2], 1, 1)
+    return [t.to(dtype).requires_grad_() for t in (u, numbers(4, 8), numbers(8, 4), numbers(8), numbers(8))]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "again"])
+@pytest.mark.parametrize("affine", [True, False], ids=["affine", "bare"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@every_norm
+def test_gate_and_norm_together_are_the_plain_formula_to_rounding(kind, dtype, affine, again) -> None:
+    make, plain = NORMS[kind]
+    results = []
+    for is_fused in (True, False):
+        u, w1, w2, weight, bias = own = inputs(dtype)
+        scale, stats = (weight, bias) if affine else (None, None), running(dtype)
+        if is_fused:
+            y = fused(u, w1, w2, *scale, make(*stats), again)
+        else:
+            y = conv_se_norm(u, w1, w2, lambda v, stats=stats, scale=scale: plain(v, *stats, *scale))
+        trained = own if affine else own[:3]
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+        results.append([y.detach(), *torch.autograd.grad(y, trained, g), *stats])
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    for mine, expected in zip(*results, strict=True):
+        assert (mine - expected).abs().max() <= limit * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype_of_norm", ["own", "float32"])
+@every_norm
+def test_gate_and_norm_together_in_reduced_precision(kind, dtype, dtype_of_norm) -> None:
+    make, plain = NORMS[kind]
+    u, w1, w2, weight, bias = inputs(dtype)
+    exact = [t.detach().double().requires_grad_() for t in (u, w1, w2, weight, bias)]
+    norms_dtype = dtype if dtype_of_norm == "own" else torch.float32
+    weight, bias = (t.detach().to(norms_dtype).requires_grad_() for t in (weight, bias))
+    y = fused(u, w1, w2, weight, bias, make(*running(norms_dtype)))
+    stats = running(norms_dtype)
+    expected = conv_se_norm(*exact[:3], lambda v: plain(v, *(t.double() for t in stats), *exact[3:]))
+    g = torch.randn_like(y)
+    grads = torch.autograd.grad(y, (u, w1, w2, weight, bias), g)
+    expected_grads = torch.autograd.grad(expected, exact, g.double())
+    assert y.dtype == dtype
+    for mine, reference in zip((y, *grads), (expected, *expected_grads), strict=True):
+        assert (mine.double() - reference).norm() <= 0.03 * reference.norm()
+
+
+@every_norm
+def test_derivatives_of_gate_and_norm_pass_the_numerical_check(kind) -> None:
+    make, _ = NORMS[kind]
+    leaves = inputs(torch.float64, (3, 8, 2, 3))
+
+    def function(*leaves: Tensor) -> Tensor:
+        return fused(*leaves, make(*running(torch.float64)))
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("trained", range(5), ids=["u", "w1", "w2", "weight", "bias"])
+@every_norm
+def test_gradient_of_one_input_alone(kind, trained) -> None:
+    make, _ = NORMS[kind]
+    leaves = inputs(torch.float64)
+    y = fused(*leaves, make(*running(torch.float64)))
+    expected = torch.autograd.grad(y.square().sum(), leaves)[trained]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i == trained)
+    y = fused(*leaves, make(*running(torch.float64)))
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), leaves[trained])[0], expected)
+
+
+@every_norm
+def test_gradients_of_some_inputs_do_not_disturb_those_of_others(kind) -> None:
+    leaves = inputs(torch.float64)
+    loss = fused(*leaves, NORMS[kind][0](*running(torch.float64))).square().sum()
+    expected = torch.autograd.grad(loss, leaves, retain_graph=True)
+    parts = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for leaf in leaves]
+    torch.testing.assert_close(parts, list(expected))
+    recorded = torch.autograd.grad(loss, leaves, create_graph=True)
+    torch.testing.assert_close([t.detach() for t in recorded], list(expected))
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), expected)
+
+
+@pytest.mark.parametrize("offset", [30.0, 1e3])
+def test_maps_far_from_zero_and_constant_ones_give_what_batch_norm_gives(offset) -> None:
+    u, w1, w2, weight, bias = inputs(torch.float32)
+    with torch.no_grad():
+        u[:, :4] += offset
+        u[:, 7] = 3.0
+        w1 /= offset
+    stats = running(torch.float32)
+    y = fused(u, w1, w2, weight, bias, norm_of(None, *stats))
+    double = [t.detach().double() for t in (u, w1, w2, weight, bias)]
+    exact_stats = tuple(t.double() for t in running(torch.float32))
+    expected = conv_se_norm(*double[:3], lambda v: F.batch_norm(v, *exact_stats, *double[3:], True, 0.3, EPS))
+    plain_stats = running(torch.float32)
+    plain = conv_se_norm(u, w1, w2, lambda v: F.batch_norm(v, *plain_stats, weight, bias, True, 0.3, EPS))
+    # Both round numbers of the size of the offset; ours may not round worse.
+    error, plain_error = ((t.double() - expected).abs().max() for t in (y, plain))
+    assert error <= 2 * plain_error + 1e-5
+    torch.testing.assert_close([t.double() for t in stats], list(exact_stats), rtol=1e-4, atol=1e-4)
+
+
+def test_maps_are_kept_once_and_no_product_is_written() -> None:
+    leaves = inputs(torch.float32, (4, 8, 16, 16))
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fused(*leaves, NORMS["batch"][0](*running(torch.float32)))
+    of_maps = [size for size in kept.values() if size >= leaves[0].nbytes]
+    assert of_maps == [leaves[0].nbytes]
+    assert y.untyped_storage().data_ptr() not in kept
+
+
+def test_result_can_be_changed_in_place() -> None:
+    leaves = inputs(torch.float64)
+    y = fused(*leaves, ops.Norm(2, EPS)) * 1
+    expected = torch.autograd.grad((y + 1).relu().sum(), leaves)
+    y = fused(*leaves, ops.Norm(2, EPS))
+    y += 1
+    torch.testing.assert_close(torch.autograd.grad(y.relu_().sum(), leaves), expected)
+
+
+UNFIT: dict[str, Callable[[], Tensor]] = {
+    "channels_last": lambda: torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    "one pixel": lambda: torch.randn(2, 3, 1, 1),
+    "empty": lambda: torch.randn(0, 3, 4, 4),
+    "unbatched": lambda: torch.randn(3, 4, 4),
+    "integer": lambda: torch.ones(2, 3, 4, 4, dtype=torch.long),
+    "on the meta device": lambda: torch.randn(2, 3, 4, 4, device="meta"),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_maps_that_no_norm_can_take_along(kind) -> None:
+    assert ops.takes_norm(torch.randn(2, 3, 4, 4))
+    assert not ops.takes_norm(UNFIT[kind]())
 
 
 class Traced(nn.Module):
@@ -192,7 +302,8 @@ class Traced(nn.Module):
 
 
 def test_plain_formula_is_taken_where_operators_are_recorded_or_transformed() -> None:
-    module, u = Traced(), torch.randn(2, 3, 4, 4)
+    module: Any = Traced()
+    u = torch.randn(2, 3, 4, 4)
     module(u)
     torch.fx.symbolic_trace(module)
     torch.jit.trace(module, u, check_trace=False)

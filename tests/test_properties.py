@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import composer_se
-from composer_se import SqueezeExciteConv2d
+from composer_se import SqueezeExciteConv2d, SqueezeExciteOptions
 from composer_se.selection import select_convs
 
 CASES = int(os.environ.get("SE_SOAK", "300"))
@@ -130,7 +130,6 @@ def selections(draw: st.DrawFn) -> dict[str, Any]:
         "min_channels_of": draw(st.sampled_from(["output", "both"])),
         "include": draw(st.sampled_from([None, None, "*", "[01]*", "*0*"])),
         "exclude": draw(st.sampled_from([None, None, "0", ["*0", "0*"], "*[02468]", "*"])),
-        "inplace": draw(st.sampled_from(["auto", False])),
     }
 
 
@@ -236,10 +235,6 @@ def test_new_parameters_join_the_group_of_their_convs_weight(
     assert all(optimizer.state_dict()["param_groups"] for optimizer in training.optimizers)
 
 
-def without_inplace(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if name != "inplace"}
-
-
 def train_and_evaluate(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Outputs of a forward and backward pass in both modes."""
     outputs = [model.train(training)(images) for training in (True, False)]
@@ -247,6 +242,21 @@ def train_and_evaluate(model: nn.Module, images: Tensor) -> list[Tensor]:
         if output.requires_grad:
             output.float().square().sum().backward()
     return outputs
+
+
+def assert_as_exact_with_gradients_as_without(model: nn.Module, images: Tensor) -> None:
+    """Without gradients the product is written and rounded, with them a norm may take the gates along."""
+    with torch.no_grad():
+        plain = model(images)
+    recorded = model(images).detach()
+    if images.dtype != torch.bfloat16:
+        torch.testing.assert_close(recorded, plain)
+        return
+    # bfloat16 is rounded at other places, and sums that cancel show it. Neither way may be further from the truth.
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(images.double())
+    rounding = torch.finfo(torch.bfloat16).eps * exact.norm()
+    assert (recorded - exact).norm() <= 2 * (plain - exact).norm() + rounding
 
 
 @cases
@@ -260,15 +270,13 @@ def test_forward_keeps_shape_and_dtype_and_backward_runs(model: nn.Module, optio
         if "modified by an inplace operation" not in str(error):
             raise
         assume(False)  # two rectifiers in a row, the second in place, for instance: it never trains
-    chosen = {choice.name for choice in select_convs(model, **without_inplace(options)).chosen}
+    chosen = {choice.name for choice in select_convs(model, SqueezeExciteOptions(**options)).chosen}
     added = composer_se.apply_squeeze_excite(model, **options)
     assert set(added) == chosen
     for outputs in expected:
         for output, plain_output in zip(train_and_evaluate(model, images), outputs, strict=True):
             assert (output.shape, output.dtype) == (plain_output.shape, plain_output.dtype)
-    with torch.no_grad():  # the way that overwrites and the way that records gradients agree
-        overwritten = model(images)
-    torch.testing.assert_close(overwritten, model(images).detach())
+    assert_as_exact_with_gradients_as_without(model, images)
     for module in model.modules():
         if isinstance(module, OwnGate):
             assert not any(isinstance(child, SqueezeExciteConv2d) for child in module.modules())

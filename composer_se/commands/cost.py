@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,20 +124,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
     from composer_se.cost.study import Settings
+    from composer_se.options import SqueezeExciteOptions
 
     if args.instances < 2:
         raise UserError(f"--instances {args.instances}: at least 2 are needed to know what the run can resolve")
-    options = dict(network.squeeze_excite)
-    recipe_min_channels = options.pop("min_channels", None)
-    min_channels = DEFAULT_MIN_CHANNELS if recipe_min_channels is None else (recipe_min_channels,)
+    given = {
+        "min_channels_of": args.min_channels_of,
+        "latent_channels": None if args.latent_channels is None else read_latent_channels(args.latent_channels),
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    options = replace(network.squeeze_excite or SqueezeExciteOptions(), **given)
+    min_channels = DEFAULT_MIN_CHANNELS if network.squeeze_excite is None else (options.min_channels,)
     if args.min_channels is not None:
         min_channels = _min_channels(args.min_channels)
-    if args.min_channels_of is not None:
-        options["min_channels_of"] = args.min_channels_of
-    if args.latent_channels is not None:
-        options["latent_channels"] = read_latent_channels(args.latent_channels)
-    options.setdefault("latent_channels", 64)
-    options.setdefault("min_channels_of", "output")
     return Settings(
         min_channels=min_channels,
         squeeze_excite=options,

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from composer_se.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["NamedNetwork", "add_network_arguments", "read_network"]
 
@@ -25,13 +27,13 @@ class NamedNetwork:
     Attributes:
         name: As the user wrote it.
         build: Makes the plain network on the CPU, with the same weights at every call.
-        squeeze_excite: What the recipe says of `algorithms.squeeze_excite`; empty without a recipe.
+        squeeze_excite: The recipe's `algorithms.squeeze_excite`; None without a recipe, or where it has none.
         image_size: Height and width in pixels of the recipe's images; None where that is not known.
     """
 
     name: str
     build: Callable[[], nn.Module]
-    squeeze_excite: Mapping[str, Any] = field(default_factory=dict)
+    squeeze_excite: SqueezeExciteOptions | None = None
     image_size: int | None = None
 
 
@@ -74,18 +76,15 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 
 
 def _read_recipe(name: str) -> NamedNetwork:
-    from composer_se.algorithm import SqueezeExcite
-    from composer_se.recipe.arguments import check_arguments
     from composer_se.recipe.data import image_size
     from composer_se.recipe.load import load_recipe
+    from composer_se.recipe.squeeze_excite import squeeze_excite_options
 
     recipe = load_recipe(name)
-    options = (recipe.algorithms or {}).get("squeeze_excite") or {}
-    squeeze_excite = check_arguments(SqueezeExcite, options, "algorithms.squeeze_excite")
     return NamedNetwork(
         f"{recipe.model['name']} ({name})",
         _seeded(lambda: _build_model(recipe.model)),
-        squeeze_excite,
+        squeeze_excite_options(recipe),
         image_size(recipe.train_dataset),
     )
 

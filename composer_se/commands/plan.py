@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from composer_se.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from composer_se.options import SqueezeExciteOptions
     from composer_se.planning import Plan
 
 __all__ = ["add_arguments", "run"]
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     network = read_network(args)
     options = _options(args, network.squeeze_excite)
     try:
-        planned = plan(network.build(), image_size=args.image_size or network.image_size, **options)
+        planned = plan(network.build(), image_size=args.image_size or network.image_size, **asdict(options))
     except (TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).split())) from error
     if args.json == "-":
@@ -104,8 +105,9 @@ def as_json(planned: Plan) -> dict[str, Any]:
     }
 
 
-def _options(args: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, Any]:
-    options = {key: value for key, value in recipe.items() if key != "inplace"}
+def _options(args: argparse.Namespace, recipe: SqueezeExciteOptions | None) -> SqueezeExciteOptions:
+    from composer_se.options import SqueezeExciteOptions
+
     given = {
         "min_channels": None if args.min_channels is None else read_min_channels(args.min_channels),
         "min_channels_of": args.min_channels_of,
@@ -113,7 +115,8 @@ def _options(args: argparse.Namespace, recipe: Mapping[str, Any]) -> dict[str, A
         "include": args.include,
         "exclude": args.exclude,
     }
-    return options | {key: value for key, value in given.items() if value is not None}
+    given = {option: value for option, value in given.items() if value is not None}
+    return replace(recipe or SqueezeExciteOptions(), **given)
 
 
 def _size(text: str) -> tuple[int, int]:

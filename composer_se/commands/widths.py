@@ -1,8 +1,7 @@
-"""The numbers of channels on a command line: spelled here, judged by the library's own checks."""
+"""The numbers of channels on a command line: spelled here, checked as `composer_se.SqueezeExciteOptions` does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from composer_se.errors import UserError
@@ -16,9 +15,7 @@ def read_latent_channels(text: str) -> float:
     Raises:
         UserError: It is neither a width nor a share.
     """
-    from composer_se.modules import check_latent_channels
-
-    return _read("--latent-channels", text, check_latent_channels)
+    return _read("--latent-channels", text, "latent_channels")
 
 
 def read_min_channels(text: str) -> int | str:
@@ -27,19 +24,17 @@ def read_min_channels(text: str) -> int | str:
     Raises:
         UserError: It is neither a whole number from 1 on nor "auto".
     """
-    from composer_se.selection import check_min_channels
-
-    value = _read("--min-channels", text, check_min_channels)
-    return value if isinstance(value, str) else int(value)
+    return _read("--min-channels", text, "min_channels")
 
 
-def _read(option: str, text: str, check: Callable[[Any], None]) -> Any:
-    value = _number(text)
+def _read(argument: str, text: str, option: str) -> Any:
+    from composer_se.options import SqueezeExciteOptions
+
+    given: dict[str, Any] = {option: _number(text)}
     try:
-        check(value)
+        return getattr(SqueezeExciteOptions(**given), option)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{option} {text}: {error}") from error
-    return value
+        raise UserError(f"{argument} {text}: {error}") from error
 
 
 def _number(text: str) -> int | float | str:

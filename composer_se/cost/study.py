@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from composer_se.measure.machine import Machine, describe_machine
 from composer_se.measure.steps import autocast_context, image_batch, inference_step, training_step
 from composer_se.measure.timing import time_in_turns
 from composer_se.measure.uncertainty import Interval
+from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["Settings", "Study", "measure"]
 
@@ -31,7 +32,7 @@ class Settings:
 
     Attributes:
         min_channels: Settings to compare.
-        squeeze_excite: The other options of `apply_squeeze_excite`, the same for all.
+        squeeze_excite: The other options, the same for all.
         against_composer: Whether Composer's built-in is measured on the same convs.
         batch_size: Images in a training step and in the larger inference batch.
         image_size: Height and width in pixels.
@@ -44,7 +45,7 @@ class Settings:
     """
 
     min_channels: tuple[int | str, ...]
-    squeeze_excite: Mapping[str, Any]
+    squeeze_excite: SqueezeExciteOptions
     against_composer: bool
     batch_size: int
     image_size: int
@@ -54,6 +55,12 @@ class Settings:
     compiled: bool
     instances: int
     rounds: int
+
+    def shared_options(self) -> dict[str, Any]:
+        """The options that all variants with SE share, those left at None aside."""
+        options = asdict(self.squeeze_excite)
+        del options["min_channels"]
+        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def conditions(study: Study) -> str:
     settings = study.settings
     parts = [f"batch {settings.batch_size}", f"{settings.image_size}² pixels", settings.precision, str(settings.device)]
     parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled
-    parts += [f"{key} {value}" for key, value in settings.squeeze_excite.items()]
+    parts += [f"{key} {value}" for key, value in settings.shared_options().items()]
     parts += [f"{settings.instances} instances", f"{settings.rounds} rounds"]
     return ", ".join(parts)
 
@@ -135,7 +135,7 @@ def _span(passes: tuple[int, ...]) -> str:
 def _as_dict(study: Study) -> dict[str, Any]:
     settings = asdict(study.settings) | {
         "device": str(study.settings.device),
-        "squeeze_excite": dict(study.settings.squeeze_excite),
+        "squeeze_excite": study.settings.shared_options(),
     }
     found: dict[str, Any] = {
         "network": study.network,

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
 
 from composer_se.errors import UserError
 from composer_se.functional import apply_squeeze_excite
-from composer_se.modules import check_inplace
-from composer_se.selection import Selection, select_convs
+from composer_se.options import SqueezeExciteOptions
+from composer_se.selection import select_convs
 
 __all__ = ["PLAIN", "Variant", "make_variants"]
 
@@ -43,7 +42,7 @@ class Variant:
 def make_variants(
     network: nn.Module,
     min_channels: Sequence[int | str],
-    squeeze_excite: Mapping[str, Any],
+    squeeze_excite: SqueezeExciteOptions,
     *,
     against_composer: bool,
 ) -> tuple[list[Variant], list[str]]:
@@ -52,7 +51,7 @@ def make_variants(
     Args:
         network: The plain network. It is copied, never changed.
         min_channels: Settings of `apply_squeeze_excite`, one variant each.
-        squeeze_excite: Its other options, the same for all.
+        squeeze_excite: Its options; `min_channels` among them gives way to the settings.
         against_composer: Whether to add Composer's built-in, with the convs and widths of each of ours.
 
     Returns:
@@ -65,8 +64,11 @@ def make_variants(
     variants = [Variant(PLAIN, "plain", None, (), lambda: copy.deepcopy(network))]
     notes: list[str] = []
     for setting in min_channels:
-        options = {**squeeze_excite, "min_channels": setting}
-        selection = _select(network, options)
+        try:
+            options = replace(squeeze_excite, min_channels=setting)
+            selection = select_convs(network, options)
+        except (TypeError, ValueError) as error:
+            raise UserError(" ".join(str(error).split())) from error
         widths = {choice.name: choice.latent_channels for choice in selection.chosen}
         label = f"{setting} ({selection.min_channels})" if setting == "auto" else str(setting)
         if not widths:
@@ -82,12 +84,12 @@ def make_variants(
     return variants, notes
 
 
-def _build_ours(network: nn.Module, options: Mapping[str, Any]) -> Callable[[], nn.Module]:
+def _build_ours(network: nn.Module, options: SqueezeExciteOptions) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         converted = copy.deepcopy(network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            apply_squeeze_excite(converted, **options)
+            apply_squeeze_excite(converted, **asdict(options))
         return converted
 
     return build
@@ -116,12 +118,3 @@ def _build_composers(network: nn.Module, widths: Mapping[str, int]) -> Callable[
         return converted
 
     return build
-
-
-def _select(network: nn.Module, options: Mapping[str, Any]) -> Selection:
-    choosing = {key: value for key, value in options.items() if key != "inplace"}
-    try:
-        check_inplace(options.get("inplace", "auto"))
-        return select_convs(network, **choosing)
-    except (TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error

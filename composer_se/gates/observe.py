@@ -57,8 +57,7 @@ def se_blocks(model: nn.Module) -> dict[str, SqueezeExcite2d]:
 def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
     """Calls ``see`` with the logits of the gate, (..., C), at every forward pass; what it returns replaces them.
 
-    The hook sits on the last linear layer: there it leaves the gate in place, while one on the block or on its sigmoid
-    would force the plain formula.
+    The hook sits on the last linear layer, where it does not force the plain formula, as one on the block would.
     """
 
     def hook(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor | None:
@@ -113,4 +112,4 @@ def describe(sums: Tensor) -> Tensor:
 
 
 def _last_linear(block: SqueezeExcite2d) -> nn.Linear:
-    return cast(nn.Linear, block.pool_and_mlp[4])
+    return cast(nn.Linear, block.pool_and_mlp["4"])

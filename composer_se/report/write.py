@@ -5,20 +5,20 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import torch
 
-from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError
 from composer_se.planning import Plan, plan
-from composer_se.recipe.arguments import check_arguments
 from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network
 from composer_se.recipe.schema import Recipe
+from composer_se.recipe.squeeze_excite import squeeze_excite_options
 from composer_se.report import contents
 
 __all__ = ["write_report"]
@@ -91,12 +91,10 @@ def _as_data_url(path: Path) -> str | None:
 
 def _plan(recipe: Recipe) -> Plan | None:
     """What SE does to the recipe's network, or None where it has none."""
-    options = (recipe.algorithms or {}).get("squeeze_excite")
+    options = squeeze_excite_options(recipe)
     if options is None:
         return None
-    checked = check_arguments(SqueezeExcite, options, "algorithms.squeeze_excite")
-    checked.pop("inplace", None)
     weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
     with torch.device("meta"):  # shapes are all that is needed
         network = build_network(**{**recipe.model, **weights})
-    return plan(network, image_size=image_size(recipe.train_dataset), **checked)
+    return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))

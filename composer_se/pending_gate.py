@@ -1,0 +1,194 @@
+"""A gated map whose product is not made yet, so that the norm that follows can take map and gates in one go.
+
+A conv can't know who reads its output, so the output must be right for every reader. `PendingGate` looks like the gated
+map, but holds only ``u`` and the logits of its gates:
+
+- A norm of `torch.nn.functional` takes map and gates together, once (`composer_se.ops.gated_norm`). If it can't, for
+  instance in channels_last, the map is gated in place at that moment: a norm keeps its input for backward and never
+  changes it.
+- Any other function called from Python (``__torch_function__``) gets the product, which is made once. From then on the
+  norm gets that product too, since ``u`` is still needed.
+- What bypasses ``__torch_function__`` (custom autograd functions, full backward hooks, checkpointing, script modules)
+  meets an autograd node with the product's gradient, and ``__torch_dispatch__`` with the product's values.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from composer_se import ops
+
+__all__ = ["PendingGate", "pending_gate"]
+
+
+@dataclass
+class _Map:
+    """A map with its gates, and what norms made of it."""
+
+    u: Tensor  # the conv's output
+    z: Tensor  # logits of the gates
+    p: Tensor  # the means of the maps
+    through: Tensor  # `u` as `ops.squeeze` returned it, until the first norm takes it; then `u`
+    link: ops.Link | None  # as given to `ops.squeeze`, likewise; then None
+    owned: bool  # whether nobody else can hold `u`, so that it may be overwritten
+    taken: bool | None = None  # whether a norm takes map and gates; None while none has asked
+    overwritten: bool = False  # whether the product lies where `u` was
+
+
+class PendingGate(Tensor):
+    """Looks like ``u * sigmoid(z)``, holds no memory. Made by `pending_gate`."""
+
+    own: _Map
+    product: Tensor | None = None  # once somebody asked for it
+    product_values: Tensor | None = None  # the same without a gradient, for `__torch_dispatch__`
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _ABOUT_ITSELF:
+            return super().__torch_function__(func, types, args, kwargs)
+        if func in _NORMS and args and type(args[0]) is cls:
+            return _normalise(func, args[0], args[1:], kwargs)
+        if func in _ABOUT_GRADIENTS:
+            tree_map(_refuse_if_taken, (args, kwargs))
+        return func(*tree_map(_gated, args), **tree_map(_gated, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            raise RuntimeError(
+                f"{func} would change the output of a conv with Squeeze-and-Excitation in place where its gradient "
+                "can't follow. Give it a copy: call .clone() on the conv's output first."
+            )
+        with torch.no_grad():
+            return func(*tree_map(_gated_values, args), **tree_map(_gated_values, kwargs or {}))
+
+
+class _Pending(torch.autograd.Function):
+    """The gradient of the product, without its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, z: Tensor, own: _Map) -> Tensor:
+        ctx.save_for_backward(u, z)
+        ctx.own = own
+        # The way to make a tensor without memory; torch's guide to subclasses shows no public one.
+        make: Any = Tensor._make_wrapper_subclass  # pyright: ignore[reportAttributeAccessIssue]
+        pending = make(PendingGate, u.size(), strides=u.stride(), dtype=u.dtype, device=u.device)
+        pending.own = own
+        return pending
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        own = ctx.own
+        u, z = (own.u, own.z) if own.overwritten else ctx.saved_tensors
+        return *ops.gate_gradients(grads[0], u, z, overwritten=own.overwritten), None
+
+
+class _Made(torch.autograd.Function):
+    """The product of a pending gate, which has its gradient already.
+
+    It saves nothing, so that activation checkpoints may make it in one place and use it in another.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, pending: PendingGate) -> Tensor:
+        own = pending.own
+        return ops.gate_(own.u, own.z).detach() if own.overwritten else ops.gate(own.u, own.z)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Tensor:
+        return grads[0]
+
+
+# What the pending map and the product answer alike.
+_GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf")
+_ABOUT_ITSELF = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
+_ABOUT_ITSELF |= {getattr(Tensor, name).__get__ for name in _GETTERS}
+_ABOUT_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
+_NORMS = {
+    norm: {name: parameter.default for name, parameter in list(inspect.signature(norm).parameters.items())[1:]}
+    for norm in (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
+}
+
+
+def pending_gate(u: Tensor, z: Tensor, p: Tensor, through: Tensor, link: ops.Link, *, owned: bool) -> Tensor:
+    """A tensor that is ``u * sigmoid(z)`` to everyone; the arguments are those of `_Map`."""
+    return _Pending.apply(u, z, _Map(u, z, p, through, link, owned))  # pyright: ignore[reportReturnType]
+
+
+def _gated(t: Any) -> Any:
+    """The product in the place of a pending map; everything else as it is."""
+    if not isinstance(t, PendingGate):
+        return t
+    if t.product is None:
+        with torch.enable_grad():  # it is kept, and the next reader may want gradients
+            t.product = _Made.apply(t)  # pyright: ignore[reportAttributeAccessIssue]
+    return t.product
+
+
+def _gated_values(t: Any) -> Any:
+    """The same for those who have the gradient already."""
+    if not isinstance(t, PendingGate):
+        return t
+    if t.product is not None:
+        return t.product.detach()
+    if t.product_values is None:
+        t.product_values = ops.gate(t.own.u.detach(), t.own.z.detach())
+    return t.product_values
+
+
+def _refuse_if_taken(t: Any) -> None:
+    if isinstance(t, PendingGate) and t.own.taken:
+        raise RuntimeError(
+            "The gradient of a conv's gated output is asked for after a norm took the gates, so no such tensor took "
+            "part in the computation. Ask before the norm runs: call retain_grad() or register_hook() on the output of "
+            "the SqueezeExciteConv2d in a forward hook, for instance."
+        )
+
+
+def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tensor:
+    """Calls a norm on a pending map."""
+    own, norm = pending.own, None
+    given: dict[str, Any] = {**_NORMS[func], **dict(zip(_NORMS[func], args, strict=False)), **kwargs}
+    scale = given["weight"], given["bias"]
+    if func is F.batch_norm or func is F.instance_norm:
+        fixed = not given["training" if func is F.batch_norm else "use_input_stats"]
+        # Single maps are groups of one channel; fixed statistics are per channel either way.
+        groups = None if func is F.batch_norm or fixed else own.u.shape[1]
+        running = given["running_mean"], given["running_var"]
+        norm = ops.Norm(groups, given["eps"], *scale, *running, given["momentum"], fixed)
+    elif func is F.group_norm and not torch.is_autocast_enabled(own.u.device.type):
+        # Under autocast PyTorch's group norm returns float32 on some devices.
+        norm = ops.Norm(given["num_groups"], given["eps"], *scale)
+    can_take = norm is not None and _can_take(norm, own)
+    if own.taken is None:
+        # Decided once: under activation checkpointing the norm is called again, and must find what it found before.
+        own.taken = can_take and pending.product is None
+    # The norm must see a product that was changed in place. Only the version counter tells.
+    if norm is not None and can_take and own.taken and (pending.product is None or pending.product._version == 0):
+        through, link, own.through, own.link = own.through, own.link, own.u, None
+        return ops.gated_norm(through, own.u, own.p, own.z, norm, link)
+    if pending.product is None and own.owned and not own.taken:
+        own.overwritten = True  # a norm keeps its input and never changes it
+    return func(_gated(pending), *args, **kwargs)
+
+
+def _can_take(norm: ops.Norm, own: _Map) -> bool:
+    """Whether map and norm are of the ordinary kind; PyTorch shall see what it would refuse or convert."""
+    running = norm.running_mean, norm.running_var
+    per_channel = [t for t in (norm.weight, norm.bias, *running) if t is not None]
+    return (
+        ops.takes_norm(own.u)
+        and own.u.shape[1] % (norm.groups or 1) == 0
+        and not (norm.fixed and None in running)
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in per_channel)
+        and all(t.shape == own.u.shape[1:2] and t.device == own.u.device for t in per_channel)
+        and all(t.dtype in (own.u.dtype, own.p.dtype) for t in per_channel)
+    )
