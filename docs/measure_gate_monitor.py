@@ -1,4 +1,4 @@
-"""What `GateMonitor` adds to training at its default interval: counted, and timed within one run.
+"""The overhead that `GateMonitor` adds to training at its default interval: counted, and timed within one run.
 
     make gate-monitor-overhead
 

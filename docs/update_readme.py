@@ -101,7 +101,7 @@ def study_table(report: str) -> str:
 
 
 def claims_table(folder: Path) -> str:
-    """What SE adds to a training step, without and with another algorithm, and what both do to the accuracy."""
+    """The time that SE adds to a training step, with and without another algorithm, and the accuracy of both."""
     rows = [
         "| time of a training step, over that of the plain network | SE | the other | both | both over the other |",
         "|---|---|---|---|---|",

@@ -40,7 +40,7 @@ def read_or_measure_speeds(
         recipes: Arm name to recipe.
         reference: Name of the arm that the others are compared with.
         folder: The comparison's.
-        progress: Told of each turn.
+        progress: Called before each turn.
 
     Returns:
         Arm name to speed, the machine that the reference was measured on, and its number of processes.

@@ -1,4 +1,4 @@
-"""What came out of the runs of a comparison, and how it is kept.
+"""The outcomes of a comparison's runs, and the files that keep them.
 
 FOLDER/outcomes/RUN.json is all that a comparison needs of a complete run; the run's own folder may be deleted.
 """

@@ -1,4 +1,4 @@
-"""How slow each copy of each variant is, from repeated timings, and the ratios that follow."""
+"""The level of each copy of each variant, from repeated timings, and the ratios that follow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Seconds = Mapping[str, Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Levels:
-    """How slow each instance is, in logarithms, with what all instances of a round have in common taken out.
+    """The time of each instance as a logarithm, relative to the median of all instances in the same round.
 
     Attributes:
         of: Per variant, one logarithm for each instance.

@@ -44,7 +44,7 @@ def write_json(study: Study, path: Path) -> None:
 
 
 def conditions(study: Study) -> str:
-    """What was measured, and how."""
+    """The settings of the measurement, in words."""
     settings = study.settings
     parts = [f"batch {settings.batch_size}", f"{settings.image_size}² pixels", settings.precision, str(settings.device)]
     parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled

@@ -14,7 +14,7 @@ __all__ = ["Machine", "describe_machine"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader needs to judge a timing.
+    """The facts that a reader needs to judge a timing.
 
     Attributes:
         cpu: Model name of the processor.

@@ -23,7 +23,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def steps_per_visit(seconds_per_step: float) -> tuple[int, int]:
-    """How many steps of a visit go untimed, and how many are then timed.
+    """The numbers of untimed and of timed steps of a visit.
 
     Args:
         seconds_per_step: About how long one step takes.

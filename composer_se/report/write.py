@@ -27,7 +27,7 @@ __all__ = ["write_report"]
 def write_report(run_folder: Path) -> Path:
     """Writes `report.html` into a run's folder, over an earlier one.
 
-    It needs `recipe.yaml`. It tells what else it finds there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
+    It needs `recipe.yaml`. It shows whatever else is there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
     `gates.png` of `composer-se gates`, and `cost.json`, as `composer-se cost --json RUN/cost.json` writes it.
 
     Args:
@@ -90,7 +90,7 @@ def _as_data_url(path: Path) -> str | None:
 
 
 def _plan(recipe: Recipe) -> Plan | None:
-    """What SE does to the recipe's network, or None where it has none."""
+    """The plan of SE on the recipe's network, or None where it has none."""
     options = squeeze_excite_options(recipe)
     if options is None:
         return None

@@ -15,7 +15,7 @@ from rich.table import Table
 __all__ = ["Progress", "new_table", "progress_bar"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, steps done, steps in all; 0 where that is unknown)."""
+"""Called with the task, the steps done, and their number (0 if unknown)."""
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
