@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_se import launch
+from composer_se.commands.recipe import add_recipe_arguments, write_run_report
 
 if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
 
-__all__ = ["add_arguments", "add_recipe_arguments", "run", "run_recipe", "write_run_report"]
+__all__ = ["add_arguments", "run", "run_recipe"]
 
 
 _WORDS = {
@@ -28,12 +28,6 @@ _WORDS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_recipe_arguments(parser, "a key of the recipe, such as optimizer.lr=0.1 or algorithms.squeeze_excite=null")
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, changes: str) -> None:
-    """Adds a recipe and its overrides, which may also stand among the options; see `composer_se.cli.parse`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=f"change {changes}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,16 +87,6 @@ def _train_and_show(recipe: Recipe) -> None:
             f"{recipe.save_folder} holds the last {recipe.save_num_checkpoints_to_keep} checkpoints; "
             "save_num_checkpoints_to_keep=-1 keeps all"
         )
-
-
-def write_run_report(run_folder: Path) -> None:
-    """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
-    from composer_se.report import write_report
-
-    try:
-        write_report(run_folder)
-    except Exception:
-        logging.getLogger(__name__).warning("%s: report.html could not be written", run_folder, exc_info=True)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
