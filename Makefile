@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility format cost study claims gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost study claims gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,6 +73,9 @@ newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, w
 compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
 	$(PYTEST) --junitxml=build/compatibility.xml tests/test_compat_*.py
 	$(BIN)/python tests/compatibility_table.py build/compatibility.xml > docs/compatibility.md
+
+reference: $(VENV)/dev.stamp ## write docs/recipes-reference.md from the schema, the data sets and the recipes
+	$(BIN)/python docs/recipes_reference.py > docs/recipes-reference.md
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .

@@ -52,7 +52,7 @@ def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace
     Args:
         run: The command.
         args: Its parsed arguments.
-        name: What to call it in that line.
+        name: Its name in that line.
     """
     try:
         return run(args)

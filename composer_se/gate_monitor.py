@@ -105,15 +105,13 @@ class GateMonitor(Callback):
         self._observing = False
         if not self._blocks:
             return
-        statistics = self._statistics()
-        metrics = {
-            f"gates/{statistic}/{name}": value
-            for name, values in statistics.items()
-            for statistic, value in dataclasses.asdict(values).items()
-        }
-        logger.log_metrics(metrics)
-        for name, values in statistics.items():
-            self._warn(name, values)
+        layers = self._statistics()
+        values = (
+            (name, key, value) for name, gates in layers.items() for key, value in dataclasses.asdict(gates).items()
+        )
+        logger.log_metrics({f"gates/{key}/{name}": value for name, key, value in values})
+        for name, gates in layers.items():
+            self._warn(name, gates)
 
     def _adder(self, name: str) -> Callable[[Tensor], None]:
         def add(logits: Tensor) -> None:
@@ -142,27 +140,22 @@ class GateMonitor(Callback):
         }
 
     def _warn(self, name: str, gates: GateStatistics) -> None:
-        saturated = gates.share_near_0 + gates.share_near_1
-        self._suspect(
-            name,
-            "constant",
-            gates.std_over_samples < CONSTANT_BELOW,
+        """Warns of a layer that was suspicious in so many observed batches in a row, once for each suspicion."""
+        constant = (
             f"The gates of {name} are constant: a channel's gate varies over samples by {gates.std_over_samples:.1e} "
             f"around {gates.mean:.2f}. Squeeze-and-Excitation does nothing there; exclude the layer, or look why the "
-            "block does not learn.",
+            "block does not learn."
         )
-        self._suspect(
-            name,
-            "saturated",
-            saturated > SATURATED_ABOVE,
+        saturated = (
             f"The gates of {name} are saturated: {gates.share_near_0:.0%} are near 0 and {gates.share_near_1:.0%} near "
-            "1, where their gradient vanishes. A lower learning rate or weight decay on the block may help.",
+            "1, where their gradient vanishes. A lower learning rate or weight decay on the block may help."
         )
-
-    def _suspect(self, name: str, what: str, seen: bool, message: str) -> None:
-        count = self._suspicions.get((name, what), 0)
-        if count < OBSERVATIONS_BEFORE_WARNING:
-            count = count + 1 if seen else 0
-            self._suspicions[name, what] = count
-            if count == OBSERVATIONS_BEFORE_WARNING and dist.get_global_rank() == 0:
-                log.warning(message)
+        for what, seen, message in (
+            ("constant", gates.std_over_samples < CONSTANT_BELOW, constant),
+            ("saturated", gates.share_near_0 + gates.share_near_1 > SATURATED_ABOVE, saturated),
+        ):
+            count = self._suspicions.get((name, what), 0)
+            if count < OBSERVATIONS_BEFORE_WARNING:
+                self._suspicions[name, what] = count = count + 1 if seen else 0
+                if count == OBSERVATIONS_BEFORE_WARNING and dist.get_global_rank() == 0:
+                    log.warning(message)

@@ -1,4 +1,4 @@
-"""Turns repeated timings into a level for each copy of each variant, and levels into ratios."""
+"""The level of each copy of each variant, from repeated timings, and the ratios that follow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Seconds = Mapping[str, Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Levels:
-    """The logarithm of each instance's time, relative to the median of its round.
+    """The time of each instance as a logarithm, relative to the median of all instances in the same round.
 
     Attributes:
         of: Per variant, one logarithm for each instance.

@@ -32,7 +32,7 @@ class Interval:
         return self.high - self.value
 
     def excludes(self, value: float) -> bool:
-        """True if the interval lies on one side of a value. An unknown interval excludes nothing."""
+        """Says that the interval lies on one side of a value. An unknown interval excludes nothing."""
         return self.low > value or self.high < value
 
     def with_spread(self, separator: str = " ") -> str:

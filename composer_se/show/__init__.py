@@ -1,1 +1,1 @@
-"""The look of results in every command: pictures, terminal, text. Knows nothing of their content."""
+"""The look of results in every command: pictures, terminal, text. Nothing here knows what they are about."""

@@ -15,7 +15,7 @@ from rich.table import Table
 __all__ = ["Progress", "new_table", "progress_bar"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as (a description, steps done, steps in all; 0 if unknown)."""
+"""Called with the task, the steps done, and their number (0 if unknown)."""
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
