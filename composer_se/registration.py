@@ -1,18 +1,18 @@
-"""Makes our algorithm known to Composer as soon as both are imported, and imports Composer for nobody.
+"""Registers our algorithm with Composer, and imports Composer for nobody.
 
 Composer recreates algorithms that a checkpoint needs from what it finds in `composer.algorithms`, where
-`composer_se.algorithm` puts ours. Importing Composer takes five seconds, and most of this package does without it.
+`composer_se.algorithm` puts ours when it is imported. Importing Composer takes five seconds, and most of this package
+does without it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 __all__ = ["register_algorithm"]
@@ -27,27 +27,22 @@ def register_algorithm() -> None:
 
 
 class _ComposerFinder(MetaPathFinder):
-    """Stands first among the finders until Composer is imported. Looking it up, as libraries do, is not importing."""
+    """Finds Composer as usual, and registers the algorithm once Composer has been imported.
 
-    asking = False
+    A program that imports this package first, as sorted imports do, and then loads a checkpoint without naming the
+    algorithm touches nothing else of ours, and Composer has no entry point for plugins.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "composer" or self.asking:
-            return None
-        self.asking = True
-        try:
-            spec = importlib.util.find_spec("composer")
-        finally:
-            self.asking = False
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "composer" else None
         if spec is None or spec.loader is None:
-            return spec
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)
             # Some other package of that name must stay importable; using ours then says what is wrong.
             with contextlib.suppress(ImportError):
                 importlib.import_module("composer_se.algorithm")
