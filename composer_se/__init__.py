@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from composer_se.on_composer_import import register_algorithm
+from composer_se.registration import register_algorithm
 
 if TYPE_CHECKING:
     from composer_se import functional, surgery

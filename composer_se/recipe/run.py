@@ -28,7 +28,7 @@ from composer_se.recipe.metrics import MetricsFile
 from composer_se.recipe.run_folder import check_unchanged, metrics_file, read_finished, write_recipe, write_summary
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
-from composer_se.recipe.validate import RunPlan, make_plan
+from composer_se.recipe.validate import RunPlan, make_plan, squeeze_excite_options
 
 __all__ = ["exit_code_of", "train"]
 
@@ -127,6 +127,8 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
+    if squeeze_excite_options(recipe) is not None:  # our blocks take the place of the built-in's
+        options["load_exclude_algorithms"] = [*(recipe.load_exclude_algorithms or ()), "SqueezeExcite"]
     if weights is not None:
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
         parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))

@@ -1,18 +1,17 @@
 """Registers our algorithm with Composer as soon as both are imported. Never imports Composer itself.
 
 Composer looks in `composer.algorithms` for the algorithms that a checkpoint needs. `composer_se.algorithm` puts ours
-there. Importing Composer takes five seconds, and most of this package does not need it.
+there when it is imported. Importing Composer takes five seconds, and most of this package does not need it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 __all__ = ["register_algorithm"]
@@ -27,27 +26,22 @@ def register_algorithm() -> None:
 
 
 class _ComposerFinder(MetaPathFinder):
-    """The first finder until Composer is imported. Libraries that only look Composer up do not import it."""
+    """Finds Composer as usual, and registers the algorithm once Composer has been imported.
 
-    asking = False
+    A program that imports this package first, as sorted imports do, and then loads a checkpoint without naming the
+    algorithm touches nothing else of ours, and Composer has no entry point for plugins.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "composer" or self.asking:
-            return None
-        self.asking = True
-        try:
-            spec = importlib.util.find_spec("composer")
-        finally:
-            self.asking = False
+        spec = PathFinder.find_spec(fullname, path, target) if fullname == "composer" else None
         if spec is None or spec.loader is None:
-            return spec
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            sys.meta_path.remove(self)
             # Another package of that name must stay importable. Ours then raises an error when it is used.
             with contextlib.suppress(ImportError):
                 importlib.import_module("composer_se.algorithm")
