@@ -28,10 +28,11 @@ train: $(VENV)/recipes.stamp ## make the environment, install, train the digits 
 test: $(VENV)/dev.stamp ## make the environment, install, run all tests
 	$(PYTEST) -n 2
 
-check: $(VENV)/dev.stamp ## formatting, lint and types
+check: $(VENV)/dev.stamp ## formatting, lint, types and the layers of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
