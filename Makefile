@@ -28,10 +28,11 @@ train: $(VENV)/recipes.stamp ## make the environment, install, train the digits 
 test: $(VENV)/dev.stamp ## make the environment, install, run all tests
 	$(PYTEST) -n 2
 
-check: $(VENV)/dev.stamp ## formatting, lint and types
+check: $(VENV)/dev.stamp ## formatting, lint, types and the layers of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
 cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
@@ -66,9 +67,10 @@ soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for ove
 	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py tests/test_recipe_fuzz.py
 
 newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, without Composer
-	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-torch/bin/python -m pytest tests/test_without_composer.py tests/test_ops.py \
-	    tests/test_modules.py tests/test_selection.py tests/test_surgery.py tests/test_functional.py \
-	    tests/test_properties.py tests/test_compat_export.py
+	.venv-torch/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	OMP_NUM_THREADS=1 .venv-torch/bin/pytest tests/test_without_composer.py tests/test_ops.py \
+	    tests/test_pending_gate.py tests/test_options.py tests/test_modules.py tests/test_selection.py \
+	    tests/test_surgery.py tests/test_functional.py tests/test_properties.py tests/test_compat_export.py
 
 compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
 	$(PYTEST) --junitxml=build/compatibility.xml tests/test_compat_*.py

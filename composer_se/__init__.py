@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("GateMonitor", "SqueezeExcite") and importlib.util.find_spec("composer") is None:
         raise ImportError(
-            f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install mosaicml. "
+            f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install 'composer-se[composer]'. "
             "composer_se.apply_squeeze_excite works without it."
         )
     return getattr(importlib.import_module(_MODULES[name]), name)

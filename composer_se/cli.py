@@ -21,6 +21,20 @@ COMMANDS = {
     "compare": "train with and without SE, and say whether the difference is real",
 }
 
+# What the extra `recipes` brings, by the names under which it is imported.
+_OF_RECIPES = (
+    "composer",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "omegaconf",
+    "rich",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "yaml",
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
@@ -58,6 +72,13 @@ def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace
         return run(args)
     except UserError as error:
         launch.leave_together(f"{name}: error: {error}")
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_RECIPES:
+            raise
+        launch.leave_together(
+            f"{name}: error: needs {error.name}, which is not installed: pip install 'composer-se[recipes]'"
+        )
         return 2
 
 
