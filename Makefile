@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility format cost study claims gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost study claims gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -28,17 +28,18 @@ train: $(VENV)/recipes.stamp ## make the environment, install, train the digits 
 test: $(VENV)/dev.stamp ## make the environment, install, run all tests
 	$(PYTEST) -n 2
 
-check: $(VENV)/dev.stamp ## formatting, lint and types
+check: $(VENV)/dev.stamp ## formatting, lint, types and the layers of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
 
-cost: $(VENV)/dev.stamp ## measure the README's cost table and plot: leave the machine alone for half an hour
+cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leave the machine alone for half an hour
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
 	    --instances 4 --repeats 3 --json docs/results/cost-resnet50-against-composer.json
 	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 2 \
 	    --json docs/results/cost-resnet50.json --plot docs/cost-resnet50.svg
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/results/study: hours from nothing
 	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/results/study --arm 'no SE' $(NO_SE) --arm 'SE' \
@@ -47,7 +48,7 @@ study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in doc
 	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}' \
 	    --arm 'ratio 1/4 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.25 \
 	    --arm 'ratio 1/16 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.0625
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 # One thread for training, so that the loader's one worker has a core for itself.
 claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
@@ -57,7 +58,7 @@ claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop
 	    --out docs/results/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
 	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/results/claims/selective-backprop-speed $(SELECTIVE_ARMS)
 	$(COMPARE) digits --seeds 5 --out docs/results/claims/selective-backprop $(SELECTIVE_ARMS)
-	$(BIN)/python docs/update_readme.py
+	$(BIN)/python docs/write_tables.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training
 	$(BIN)/python docs/measure_gate_monitor.py
@@ -66,14 +67,17 @@ soak: $(VENV)/dev.stamp ## try 20000 new random cases of every property, for ove
 	SE_SOAK=20000 $(PYTEST) --show-capture=no tests/test_properties.py tests/test_recipe_fuzz.py
 
 newest-torch: .venv-torch/stamp ## the plain-PyTorch side on the newest torch, without Composer
-	OMP_NUM_THREADS=1 PYTHONPATH=. .venv-torch/bin/python -m pytest tests/test_without_composer.py tests/test_ops.py \
-	    tests/test_modules.py tests/test_selection.py tests/test_surgery.py tests/test_functional.py \
-	    tests/test_properties.py tests/test_compat_export.py
+	.venv-torch/bin/python -m pip install --quiet --no-deps --force-reinstall .
+	OMP_NUM_THREADS=1 .venv-torch/bin/pytest tests/test_without_composer.py tests/test_ops.py \
+	    tests/test_pending_gate.py tests/test_options.py tests/test_modules.py tests/test_selection.py \
+	    tests/test_surgery.py tests/test_functional.py tests/test_properties.py tests/test_compat_export.py
 
 compatibility: $(VENV)/dev.stamp ## try models, algorithms, launches and exports, write docs/compatibility.md
 	$(PYTEST) --junitxml=build/compatibility.xml tests/test_compat_*.py
 	$(BIN)/python tests/compatibility_table.py build/compatibility.xml > docs/compatibility.md
-	$(BIN)/python docs/update_readme.py
+
+reference: $(VENV)/dev.stamp ## write docs/recipes-reference.md from the schema, the data sets and the recipes
+	$(BIN)/python docs/recipes_reference.py > docs/recipes-reference.md
 
 format: $(VENV)/dev.stamp ## reformat the sources
 	$(BIN)/ruff format .

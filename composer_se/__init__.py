@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from composer_se.on_composer_import import register_algorithm
+from composer_se.registration import register_algorithm
 
 if TYPE_CHECKING:
     from composer_se import functional, surgery
@@ -35,8 +35,8 @@ __version__ = "0.1.0"
 
 register_algorithm()
 
-# Imported when first used. Importing torch takes seconds, and the commands both refuse a wrong recipe before that and
-# set how torch waits for its threads, which it reads when it is imported.
+# Imported when first used, because importing torch takes seconds. Before that, the commands refuse wrong recipes and
+# set OpenMP's variables, which torch reads when it is imported.
 _MODULES = {
     "GateMonitor": "composer_se.gate_monitor",
     "Plan": "composer_se.planning",
@@ -57,7 +57,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in ("GateMonitor", "SqueezeExcite") and importlib.util.find_spec("composer") is None:
         raise ImportError(
-            f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install mosaicml. "
+            f"composer_se.{name} needs MosaicML Composer, which is not installed: pip install 'composer-se[composer]'. "
             "composer_se.apply_squeeze_excite works without it."
         )
     return getattr(importlib.import_module(_MODULES[name]), name)

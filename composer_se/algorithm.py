@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import composer.algorithms
 import torch
@@ -32,6 +30,10 @@ class SqueezeExcite(Algorithm):
     Runs on `Event.INIT`, before the model is wrapped for distributed training, and adds the new parameters to the
     Trainer's optimizer. All ranks start from the same initial weights. See `composer_se.apply_squeeze_excite` for the
     rules and for use without the Trainer.
+
+    A checkpoint of Composer's own SqueezeExcite continues with this algorithm. Give the Trainer
+    ``load_exclude_algorithms=["SqueezeExcite"]`` then, as recipes do: else Composer warns, adds its algorithm, and puts
+    its blocks on the convs that this one leaves out.
 
     Args:
         latent_channels: As in `composer_se.SqueezeExciteOptions`, like all options. Default: ``64``.
@@ -67,11 +69,11 @@ class SqueezeExcite(Algorithm):
 
     @staticmethod
     def required_on_load() -> bool:
-        """A checkpoint of a model with SE loads into a model with SE only."""
+        """True: a checkpoint of a model with SE loads only into a model with SE."""
         return True
 
     def match(self, event: Event, state: State) -> bool:
-        """Whether the event is `Event.INIT`."""
+        """True for `Event.INIT`."""
         return event == Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
@@ -97,7 +99,6 @@ class SqueezeExcite(Algorithm):
                 "squeeze_excite/num_added_parameters": num_parameters,
             }
         )
-        _leave_out_builtin_on_load(state)
 
 
 @contextlib.contextmanager
@@ -114,49 +115,9 @@ def _rank_zero_rng(state: State) -> Iterator[None]:
         yield
 
 
-def _leave_out_builtin_on_load(state: State) -> None:
-    """Keeps Composer from adding its own SqueezeExcite when a checkpoint that was written with it is loaded.
-
-    Its blocks and ours have the same parameters, so ours take their place. Without this, Composer would append its
-    algorithm to the list, warn of it, and record that the model has no SE layers.
-    """
-    apply_required_algorithms = state._apply_required_algorithms
-
-    @functools.wraps(apply_required_algorithms)
-    def without_builtin(
-        state_dict: dict[str, Any],
-        logger: Logger,
-        exclude_algorithms: list[str] | None = None,
-        algorithm_passes: list[Any] | None = None,
-    ) -> None:
-        builtin = composer.algorithms.SqueezeExcite.__qualname__
-        representations = [value["repr"] for name, value in state_dict["algorithms"] if name == builtin]
-        if representations:
-            _warn_of_other_layers(state, state_dict.get("model") or {}, representations[0])
-        apply_required_algorithms(state_dict, logger, [*(exclude_algorithms or ()), builtin], algorithm_passes)
-
-    state._apply_required_algorithms = without_builtin
-
-
-def _warn_of_other_layers(state: State, weights: dict[str, Any], builtin: str) -> None:
-    suffix = ".se.pool_and_mlp.2.weight"
-    stored = {name: tensor.shape for name, tensor in weights.items() if name.endswith(suffix)}
-    present = {name: tensor.shape for name, tensor in state.model.named_parameters() if name.endswith(suffix)}
-    if weights and stored != present:
-        log.warning(
-            "The checkpoint was written with Composer's %s and has %d SE layers; this model has %d, or others. "
-            "To get the same layers, give composer_se.SqueezeExcite its latent_channels and min_channels, and "
-            "min_channels_of='both'.",
-            builtin,
-            len(stored),
-            len(present),
-        )
-
-
-# A checkpoint stores an algorithm under its qualified name, with its repr. On load Composer takes the name for one of
-# composer.algorithms and, if it finds a class there that is required on load, evaluates "composer.algorithms." + repr.
-# Under the name "SqueezeExcite" it would find its own class and put that on top of ours. Under this name it finds ours,
-# which is also how a user would write it.
+# A checkpoint stores an algorithm under its qualified name, with its repr. On load, Composer looks for a class of that
+# name in composer.algorithms. If the class is required on load, Composer evaluates "composer.algorithms." + repr. Under
+# the name "SqueezeExcite" it would find its own class and add that on top of ours. Under this name it finds ours.
 SqueezeExcite.__qualname__ = "composer_se.SqueezeExcite"
 composer_se = types.SimpleNamespace(SqueezeExcite=SqueezeExcite)  # where pickle looks for that name
 composer.algorithms.composer_se = composer_se  # pyright: ignore[reportAttributeAccessIssue]

@@ -21,6 +21,20 @@ COMMANDS = {
     "compare": "train with and without SE, and say whether the difference is real",
 }
 
+# What the extra `recipes` brings, by the names under which it is imported.
+_OF_RECIPES = (
+    "composer",
+    "jinja2",
+    "matplotlib",
+    "numpy",
+    "omegaconf",
+    "rich",
+    "scipy",
+    "sklearn",
+    "torchvision",
+    "yaml",
+)
+
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
@@ -52,12 +66,19 @@ def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace
     Args:
         run: The command.
         args: Its parsed arguments.
-        name: What to call it in that line.
+        name: Its name in that line.
     """
     try:
         return run(args)
     except UserError as error:
         launch.leave_together(f"{name}: error: {error}")
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in _OF_RECIPES:
+            raise
+        launch.leave_together(
+            f"{name}: error: needs {error.name}, which is not installed: pip install 'composer-se[recipes]'"
+        )
         return 2
 
 

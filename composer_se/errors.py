@@ -26,7 +26,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Says which valid name is nearest, and all of them when there are few.
 
     Args:
-        name: What the user wrote.
+        name: The user's word.
         valid: The names that would have been accepted.
 
     Returns:

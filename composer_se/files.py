@@ -15,7 +15,7 @@ __all__ = ["failed_write", "replace_file", "writing"]
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around a write to a file.
+    """Turns a write that fails into one line. Use it around the write.
 
     Raises:
         UserError: The write failed.
@@ -48,9 +48,9 @@ def failed_write(path: Path, error: OSError, folder: Path, origin: str = "the la
 
     Args:
         path: The file.
-        error: What the system said.
-        folder: Where the room that is left matters.
-        origin: What the same command continues from.
+        error: The system's.
+        folder: The message says how much room is left there.
+        origin: The same command continues from it.
     """
     reason = error.strerror or one_line(error)
     with contextlib.suppress(OSError):

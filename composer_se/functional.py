@@ -38,8 +38,8 @@ def apply_squeeze_excite(
 ) -> dict[str, SqueezeExciteConv2d]:
     """Adds a Squeeze-and-Excitation block (Hu et al., https://arxiv.org/abs/1709.01507) to convs of a model, in place.
 
-    Convs that have a block, or are part of one, are passed over: calling this again changes nothing. The new parameters
-    take the conv's device and dtype and PyTorch's initialisation of `torch.nn.Linear`.
+    Skips convs that have a block or are part of one, so a second call changes nothing. The new parameters take the
+    conv's device and dtype, and the initialisation of `torch.nn.Linear`.
 
     Args:
         model: The model, not wrapped in DDP or FSDP yet.
@@ -49,7 +49,7 @@ def apply_squeeze_excite(
             parameter group that holds its conv's weight. Default: none.
         min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
         include: Glob pattern, or several, of convs that get a block. Default: all.
-        exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        exclude: Glob pattern, or several, of convs to skip. Default: none.
         inplace: Not needed any more.
 
     Returns:
@@ -88,11 +88,11 @@ def apply_squeeze_excite(
 def remove_squeeze_excite(
     model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None = None
 ) -> dict[str, nn.Module]:
-    """Gives back the convs without their Squeeze-and-Excitation blocks, in place.
+    """Replaces every conv that has a Squeeze-and-Excitation block by the bare conv, in place.
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
-        optimizers: The optimizers of its parameters; those of the blocks leave them. Default: none.
+        optimizers: The optimizers of its parameters. The parameters of the blocks leave them. Default: none.
 
     Returns:
         The bare convs, by qualified name, in model order.

@@ -1,4 +1,4 @@
-"""A callback that logs what the gates of Squeeze-and-Excitation do while a model trains."""
+"""A callback that logs statistics of the gates of Squeeze-and-Excitation while a model trains."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ OBSERVATIONS_BEFORE_WARNING = 3
 class GateMonitor(Callback):
     """Logs statistics of the gates of every Squeeze-and-Excitation layer.
 
-    Of one training batch per interval, all processes and microbatches together, it logs to every logger of the run, for
-    each layer by the name of its conv (`composer_se.gates.observe.GateStatistics` says more):
+    It observes one training batch per interval, over all processes and microbatches, and logs for each layer, by the
+    name of its conv (`composer_se.gates.observe.GateStatistics` says more):
 
     * ``gates/mean/LAYER``
-    * ``gates/std_over_samples/LAYER``: how far a channel's gate varies with the image;
-    * ``gates/std_over_channels/LAYER``: how far channels differ from each other;
+    * ``gates/std_over_samples/LAYER``: the spread of a channel's gate over images;
+    * ``gates/std_over_channels/LAYER``: the spread over channels;
     * ``gates/share_near_0/LAYER`` and ``gates/share_near_1/LAYER``: gates below 0.05 and above 0.95.
 
     Warns once of a layer whose gates are constant over samples (a fixed scale, which a following normalisation layer
     undoes) or saturated (nearly all near 0 or 1) in three observed batches in a row.
 
-    Everything is computed on the device. Between observed batches nothing is hooked and nothing waits for the device;
-    an observed one costs one reduction over processes and one transfer. A forward pass under `torch.compile` runs
-    uncompiled while it is observed. Evaluation is never observed.
+    It computes on the device. Between observed batches it hooks nothing and does not wait for the device; an observed
+    batch costs one reduction over processes and one transfer. A compiled model runs uncompiled while it is observed.
+    Evaluation is never observed.
 
     Args:
-        interval: How often a batch is observed, in batches (``"50ba"``, or 50) or epochs (``"1ep"``: the first batch of
-            each). The first batch always is. Default: ``"50ba"``.
+        interval: From one observed batch to the next, in batches (``"50ba"``, or 50) or epochs (``"1ep"``: the first
+            batch of each). The first batch is always observed. Default: ``"50ba"``.
 
     Raises:
         ValueError: If the interval is not a positive number of batches or epochs.
@@ -69,7 +69,7 @@ class GateMonitor(Callback):
         self._suspicions: dict[tuple[str, str], int] = {}
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Decides whether the batch is observed."""
+        """Decides if the batch is observed."""
         time = state.timestamp
         if self.interval.unit == TimeUnit.BATCH:
             self._observing = time.batch.value % self.interval.value == 0
@@ -77,7 +77,7 @@ class GateMonitor(Callback):
             self._observing = time.batch_in_epoch.value == 0 and time.epoch.value % self.interval.value == 0
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Starts anew: automatic microbatching runs a batch again when memory did not suffice."""
+        """Clears the sums: automatic microbatching runs a batch again when memory did not suffice."""
         if self._observing:
             self._blocks = se_blocks(state.model)
             self._sums = {}
@@ -95,7 +95,7 @@ class GateMonitor(Callback):
             self._observed_forward.callback(handle.remove)
 
     def after_forward(self, state: State, logger: Logger) -> None:
-        """Takes the hooks away, so that recomputation in the backward pass and evaluation are not observed."""
+        """Removes the hooks, so that recomputation in the backward pass and evaluation are not observed."""
         self._observed_forward.close()
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -105,15 +105,13 @@ class GateMonitor(Callback):
         self._observing = False
         if not self._blocks:
             return
-        statistics = self._statistics()
-        metrics = {
-            f"gates/{statistic}/{name}": value
-            for name, values in statistics.items()
-            for statistic, value in dataclasses.asdict(values).items()
-        }
-        logger.log_metrics(metrics)
-        for name, values in statistics.items():
-            self._warn(name, values)
+        layers = self._statistics()
+        values = (
+            (name, key, value) for name, gates in layers.items() for key, value in dataclasses.asdict(gates).items()
+        )
+        logger.log_metrics({f"gates/{key}/{name}": value for name, key, value in values})
+        for name, gates in layers.items():
+            self._warn(name, gates)
 
     def _adder(self, name: str) -> Callable[[Tensor], None]:
         def add(logits: Tensor) -> None:
@@ -142,27 +140,22 @@ class GateMonitor(Callback):
         }
 
     def _warn(self, name: str, gates: GateStatistics) -> None:
-        saturated = gates.share_near_0 + gates.share_near_1
-        self._suspect(
-            name,
-            "constant",
-            gates.std_over_samples < CONSTANT_BELOW,
+        """Warns of a layer that was suspicious in so many observed batches in a row, once for each suspicion."""
+        constant = (
             f"The gates of {name} are constant: a channel's gate varies over samples by {gates.std_over_samples:.1e} "
             f"around {gates.mean:.2f}. Squeeze-and-Excitation does nothing there; exclude the layer, or look why the "
-            "block does not learn.",
+            "block does not learn."
         )
-        self._suspect(
-            name,
-            "saturated",
-            saturated > SATURATED_ABOVE,
+        saturated = (
             f"The gates of {name} are saturated: {gates.share_near_0:.0%} are near 0 and {gates.share_near_1:.0%} near "
-            "1, where their gradient vanishes. A lower learning rate or weight decay on the block may help.",
+            "1, where their gradient vanishes. A lower learning rate or weight decay on the block may help."
         )
-
-    def _suspect(self, name: str, what: str, seen: bool, message: str) -> None:
-        count = self._suspicions.get((name, what), 0)
-        if count < OBSERVATIONS_BEFORE_WARNING:
-            count = count + 1 if seen else 0
-            self._suspicions[name, what] = count
-            if count == OBSERVATIONS_BEFORE_WARNING and dist.get_global_rank() == 0:
-                log.warning(message)
+        for what, seen, message in (
+            ("constant", gates.std_over_samples < CONSTANT_BELOW, constant),
+            ("saturated", gates.share_near_0 + gates.share_near_1 > SATURATED_ABOVE, saturated),
+        ):
+            count = self._suspicions.get((name, what), 0)
+            if count < OBSERVATIONS_BEFORE_WARNING:
+                self._suspicions[name, what] = count = count + 1 if seen else 0
+                if count == OBSERVATIONS_BEFORE_WARNING and dist.get_global_rank() == 0:
+                    log.warning(message)

@@ -123,9 +123,7 @@ class SqueezeExciteConv2d(nn.Module):
     @torch.jit.unused
     def scale(self, u: Tensor) -> Tensor:
         """The gated form of the conv's output ``u``, which the caller must not use afterwards."""
-        # Not self.conv and self.se, which Python looks for in four places.
-        conv: Any = self._modules["conv"]
-        se: Any = self._modules["se"]
+        conv, se = self.conv, self.se
         if ops.takes_plain_formula(u) or not _is_plain(se, SqueezeExcite2d, "forward"):
             return se(u)
         owned = _is_plain(conv, nn.Conv2d, "forward", "_conv_forward")
@@ -176,21 +174,10 @@ def _is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -
 
     Hooks on the backward pass, too, hold a view of it. Parametrised modules are plain in this respect.
     """
-    # torch has no public question for hooks. Asked in every layer, so in the quickest way: 3 us of 100 for one image.
-    return not (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or not module.__dict__.keys().isdisjoint(methods)
-    ) and (
-        type(module) is module_class
-        or (
-            isinstance(module, module_class)
-            and all(getattr(type(module), method) is getattr(module_class, method) for method in methods)
-        )
-    )
+    # torch has no public question for hooks, be they a module's or those of all modules.
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks
+    hooks = hooks or _module._global_backward_hooks or _module._global_backward_pre_hooks
+    if hooks or not module.__dict__.keys().isdisjoint(methods) or not isinstance(module, module_class):
+        return False
+    return all(getattr(type(module), method) is getattr(module_class, method) for method in methods)

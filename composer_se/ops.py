@@ -61,8 +61,7 @@ def takes_plain_formula(u: Tensor) -> bool:
 def takes_norm(u: Tensor) -> bool:
     """Whether a norm can take the maps of ``u`` together with their gates, by `gated_norm`.
 
-    channels_last has no view as single maps. Norms refuse some empty maps and some of one pixel. Other devices may lack
-    the kernels.
+    Not in channels_last, which has no view as single maps. Some maps that are empty or one pixel the norm refuses.
     """
     return (
         u.dim() == 4
@@ -162,7 +161,7 @@ def _gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq
     area = u.shape[2] * u.shape[3]
     if dq is None:
         return affine(g, None, a, dp / area)
-    # In the memory of one map: a second one costs more in page faults than the arithmetic (9 ms of 22, 16×512×28×28).
+    # In one map's memory: page faults of a second one took 9 of 22 ms for 16×512×28×28 on a CPU.
     return affine(u, p, dq * (2 / area), dp / area).addcmul_(g, over_maps(a.to(g.dtype)))
 
 
@@ -227,8 +226,8 @@ class Norm:
         """Moves the running statistics to means and variances that come from ``count`` numbers each."""
         for running, of_input in ((self.running_mean, m), (self.running_var, r * (count / (count - 1)))):
             if running is not None:
-                of_channels = of_input.view(-1) if self.groups is None else of_input.mean(0).view(-1)
-                running.lerp_(of_channels.to(running.dtype), self.momentum)
+                of_input = of_input if self.groups is None else of_input.mean(0)
+                running.lerp_(of_input.view(-1).to(running.dtype), self.momentum)
 
 
 def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, norm: Norm, link: Link | None) -> Tensor:
@@ -304,7 +303,7 @@ class _GatedNorm(torch.autograd.Function):
             link.a, link.dp, link.dq = a, dp, d_q
         elif needed[0]:
             du = _gradient_of_maps(g, u, p, a, dp, d_q)
-        d_z = torch.ops.aten.sigmoid_backward(torch.addcmul(d_s, p.view(s.shape), d_sp), s)
+        d_z = torch.addcmul(d_s, p.view(s.shape), d_sp) * (s * (1 - s))
         return (
             du if needed[0] else None,
             d_z.view_as(z).type_as(z) if needed[1] else None,
@@ -316,8 +315,8 @@ class _GatedNorm(torch.autograd.Function):
 
 def _recorded_gradients(norm: Norm, g: Tensor, inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Any, ...]:
     """The gradients of `gated_norm` by PyTorch's own formulas, which can be differentiated again."""
-    # Views, so that the gradient of u is not also taken through z, which was computed from u. And of u itself, not of
-    # what `squeeze` returned for it: when this is differentiated, the gradient must not be scaled there again.
+    # Views, so that the gradient of u is not also taken through z. And of u, not of what `squeeze` returned for it: the
+    # gradient of this must not be scaled there again.
     views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     y = replace(norm, weight=views[2], bias=views[3]).of(gate(*views[:2]))
     wanted = [t for t, is_needed in zip(views, needed, strict=True) if is_needed]

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils._pytree import tree_map
 
 from composer_se import ops
@@ -92,10 +93,7 @@ class _Pending(torch.autograd.Function):
 
 
 class _Made(torch.autograd.Function):
-    """The product of a pending gate, which has its gradient already.
-
-    It saves nothing, so that activation checkpoints may make it in one place and use it in another.
-    """
+    """The product. It saves nothing: activation checkpoints may make it in one place and use it in another."""
 
     @staticmethod
     def forward(ctx: Any, pending: PendingGate) -> Tensor:
@@ -147,12 +145,12 @@ def _gated_values(t: Any) -> Any:
 def _refuse_if_taken(t: Any) -> None:
     if isinstance(t, PendingGate) and t.own.taken:
         raise RuntimeError(
-            "The gradient of a conv's gated output is asked for after a norm took the gates, so no such tensor took "
-            "part in the computation. Ask before the norm runs: call retain_grad() or register_hook() on the output of "
-            "the SqueezeExciteConv2d in a forward hook, for instance."
+            "A norm took a conv's output with its gates, so the gated map has no gradient. Ask before the norm runs: call "
+            "retain_grad() or register_hook() in a forward hook of the SqueezeExciteConv2d, for instance."
         )
 
 
+@_disable_dynamo  # a norm that is compiled by itself; the public form imports all of the compiler at once
 def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tensor:
     """Calls a norm on a pending map."""
     own, norm = pending.own, None

@@ -1,4 +1,4 @@
-"""What `apply_squeeze_excite` will do to a model: every conv, whether it gets a block and why, and what that adds."""
+"""Predicts `apply_squeeze_excite`: every conv of a model, the decision on it, its reason, and the added cost."""
 
 from __future__ import annotations
 
@@ -22,22 +22,21 @@ __all__ = ["ConvPlan", "Plan", "plan"]
 
 @dataclass(frozen=True)
 class ConvPlan:
-    """What happens to one conv, and what it adds.
+    """The decision on one conv, and the cost that it adds.
 
     Attributes:
         name: Qualified name.
         in_channels: Input channels.
         out_channels: Output channels.
         map_size: Height and width of the conv's output at its first call, or None where that is not known.
-        chosen: Whether the conv gets a block.
-        reason: Why, or why not, in a few words.
+        chosen: True if the conv gets a block.
+        reason: The reason, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
         added_parameters: Weights of the new block.
-        added_multiply_adds: Of one image's forward pass, in the two matrix products of the new block: what
-            `composer-se cost` counts. Squeeze and scaling are additions and multiplications of the size of the map;
-            their cost is memory traffic.
-        num_convs: How many convs of the model this stands for: more than one in `Plan.grouped` only, where the other
-            numbers are those of each.
+        added_multiply_adds: Of one image's forward pass, in the two matrix products of the new block, as
+            `composer-se cost` counts them. Squeeze and scaling are memory-bound.
+        num_convs: The number of convs in this entry: more than one only in `Plan.grouped`. The other numbers are those
+            of each.
     """
 
     name: str
@@ -54,17 +53,17 @@ class ConvPlan:
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What will happen to every conv of a model, in model order.
+    """The decision on every conv of a model, in model order.
 
     Attributes:
         convs: One entry per conv.
         min_channels: The threshold as given.
-        threshold: The threshold in force: ``min_channels``, or what ``"auto"`` resolves to.
+        threshold: The threshold in force: ``min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.
         parameters: Of the model as it is.
         multiply_adds: Of one image's forward pass through the model as it is, in convs and matrix products, or None
             where no image size was given or the forward pass failed.
-        notes: What the user should know: narrow blocks, no conv chosen, map sizes that could not be found.
+        notes: Warnings: narrow blocks, no conv chosen, map sizes that could not be found.
     """
 
     convs: tuple[ConvPlan, ...]
@@ -92,7 +91,7 @@ class Plan:
 
     @property
     def gated_share(self) -> float | None:
-        """The share of the numbers in all conv outputs that new blocks read and scale: what SE's time grows with."""
+        """The share of the numbers in all conv outputs that new blocks read and scale. SE's time grows with it."""
         sizes = [
             (conv, conv.out_channels * conv.map_size[0] * conv.map_size[1]) for conv in self.convs if conv.map_size
         ]
@@ -100,7 +99,7 @@ class Plan:
         return sum(size for conv, size in sizes if conv.chosen) / total if total else None
 
     def grouped(self) -> tuple[ConvPlan, ...]:
-        """The same convs; those that differ in a number in their name only share an entry: ``layer3.[1-5].conv2``."""
+        """The same convs; equal ones whose names differ only in numbers share an entry: ``layer3.{1..5}.conv2``."""
         return tuple(_grouped(self.convs))
 
     def summary(self) -> tuple[str, ...]:
@@ -153,7 +152,7 @@ def plan(
     exclude: str | Sequence[str] | None = None,
     image_size: int | tuple[int, int] | None = None,
 ) -> Plan:
-    """Says what `composer_se.apply_squeeze_excite` with the same arguments will do. Changes nothing.
+    """Predicts `composer_se.apply_squeeze_excite` with the same arguments. Changes nothing.
 
     Both go through the same selection. The sizes of the maps come from a forward pass of shapes on the meta device: no
     arithmetic, no memory.
@@ -266,7 +265,7 @@ def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
 
 
 def _as_input(model: nn.Module, image: Tensor) -> Any:
-    """What the model's forward takes: the image, or a batch of it with a label if it is a Composer model."""
+    """The input of the model's forward: the image, or for a Composer model a batch with a label."""
     # Looked up, not imported: a model can't be Composer's if nobody imported that.
     composer_models = sys.modules.get("composer.models.base")
     is_composers = composer_models is not None and isinstance(model, composer_models.ComposerModel)
@@ -302,7 +301,7 @@ def _products(rows: list[tuple[int, ...]]) -> list[list[list[int]]]:
 
 
 def _without_own_name(conv: ConvPlan) -> str:
-    """The reason without the name of the module around the conv, which its own name tells."""
+    """The reason without the name of the module around the conv, which is part of the conv's name."""
     reason, _, last_word = conv.reason.rpartition(" ")
     return reason if reason and conv.name.startswith(f"{last_word}.") else conv.reason
 

@@ -30,15 +30,15 @@ _POOL_CLASS = re.compile(r"(global|adaptive)\w*pool", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class ConvChoice:
-    """What happens to one conv.
+    """The decision on one conv.
 
     Attributes:
         name: Qualified name, the first one in model order for a conv that several modules share.
         conv: The conv.
-        chosen: Whether it gets a block.
-        reason: Why, or why not, in a few words.
+        chosen: True if it gets a block.
+        reason: The reason, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
-        too_narrow: Whether it is passed over for its number of channels alone.
+        too_narrow: True if only its number of channels is in the way.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Selection:
 def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     """Chooses the convs of a model that get a Squeeze-and-Excitation block. Changes nothing.
 
-    A conv is passed over when it has a block already, when it is part of an existing SE block or works on the 1×1 map
-    behind a global pool, when a pattern says so, or when it has too few channels, in this order.
+    Skips a conv that has a block already, that is part of an existing SE block or works on the 1×1 map behind a global
+    pool, that the patterns exclude, or that has too few channels; the first of these is the reason given.
 
     Args:
         model: The model.
@@ -188,7 +188,7 @@ def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def is_se_block(module: nn.Module) -> bool:
-    """Whether a module is a Squeeze-and-Excitation block made of convs, by its class's name or by its structure.
+    """Recognises a Squeeze-and-Excitation block made of convs, by the name of its class or by its structure.
 
     By name, all its convs must be 1×1: a residual block called ``SEBlock`` holds others. By structure, its children are
     two 1×1 convs, from C channels to fewer and back to C, without normalisation, and a sigmoid.
@@ -208,10 +208,10 @@ def is_se_block(module: nn.Module) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a normalisation layer: one of torch's, or one whose class's name says so.
+    """Recognises a normalisation layer: one of torch's, or one with "Norm" in the name of its class.
 
     Such a layer keeps its input for backward and does not change it. In-place activated batch norm (``InPlaceABN``)
-    does, and its name does not say that it is one.
+    changes its input; the rule leaves it out.
     """
     return isinstance(module, _NORMS) or "Norm" in type(module).__name__
 
@@ -242,7 +242,7 @@ def _convs_in(module: nn.Module) -> Iterator[nn.Conv2d]:
 
 
 def _is_global_pool(module: nn.Module) -> bool:
-    """Whether a module shrinks maps to one number per channel: torch's adaptive pools, or one named like them."""
+    """Recognises a pool to one number per channel: torch's adaptive pools, and those named like them."""
     named_like_one = _POOL_CLASS.search(type(module).__name__) is not None
     return named_like_one and getattr(module, "output_size", 1) in (1, (1, 1))
 

@@ -1,14 +1,14 @@
-"""Swapping modules in a live model, and keeping its optimizers right. Knows nothing of Squeeze-and-Excitation.
+"""Replaces modules in a live model and updates its optimizers. Knows nothing of Squeeze-and-Excitation.
 
-The functions take the arguments of `composer.utils.module_surgery` and can stand in for it. They also handle several
-parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the model.
+The functions take the arguments of those in `composer.utils.module_surgery` and can replace them. They also handle
+several parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the
+model.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ def replace_module_classes(
         policies: Replacement functions by module class, subclasses included. The first that returns a module wins.
         optimizers: Optimizers that hold the model's parameters. Those of replaced modules leave, those of replacements
             join, as `update_params_in_optimizer` does. Default: none.
-        recurse_on_replacements: Whether replacements and their children are offered to the policies too. A policy that
-            always matches its own replacement never ends. Default: ``False``.
-        indices: How many modules of each class were seen before; updated. Default: none were.
+        recurse_on_replacements: True asks the policies about replacements and their children too. A policy that always
+            matches its own replacement never ends. Default: ``False``.
+        indices: The number of modules of each class seen before; updated. Default: none.
 
     Returns:
         The replacement of every replaced module, in the order of replacement.
@@ -66,17 +66,16 @@ def replace_module_classes(
         indices = dict.fromkeys(policies, 0)
     names_before = _parameter_names(module)
     replacements = _ask_policies(module, policies, recurse_on_replacements, indices)
-    for parent, attribute, replacement in replacements.slots:
-        setattr(parent, attribute, replacement)
+    swaps = [(list(old.parameters()), list(new.parameters())) for old, new in replacements.items()]
+    _put_in_place(module, replacements, recurse_on_replacements)
     if optimizers is not None:
         optimizers = _as_sequence(optimizers)
         names_after = _parameter_names(module)
-        swaps = [(old.parameters(), new.parameters()) for old, new in replacements.pairs.items()]
-        _update_optimizers(swaps, optimizers, still_in_use=names_after)
+        _update_optimizers(swaps, optimizers, in_use=names_after)
         _rename_in_optimizers(optimizers, names_before, names_after)
-    elif replacements.pairs:
+    elif replacements:
         log.debug("No optimizer was given. Build it from the model's parameters after this.")
-    return replacements.pairs
+    return replacements
 
 
 def count_module_instances(module: nn.Module, module_class: type[nn.Module] | tuple[type[nn.Module], ...]) -> int:
@@ -97,7 +96,7 @@ def update_params_in_optimizer(
     new_params: Iterable[Parameter],
     optimizers: Optimizer | Sequence[Optimizer],
 ) -> None:
-    """Lets the parameters of a replacement take the place of what they replace.
+    """Replaces the parameters of a module by those of its replacement, in optimizers.
 
     Parameters on both sides keep their place and their state. Those only in ``old_params`` leave with their state.
     Those only in ``new_params`` join the end of the parameter group, of whichever optimizer, that holds the first of
@@ -111,36 +110,26 @@ def update_params_in_optimizer(
     _update_optimizers([(old_params, new_params)], _as_sequence(optimizers))
 
 
-@dataclass
-class _Replacements:
-    """What the policies decided: old module to new, and where each new one goes."""
-
-    pairs: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    slots: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
-
-
 def _ask_policies(
     root: nn.Module,
     policies: Mapping[type[nn.Module], ReplacementFunction],
     recurse_on_replacements: bool,
     indices: dict[Any, int],
-) -> _Replacements:
-    decided = _Replacements()
-    parents = _parents_by_child(root)
-    pending = list(parents)
-    for child in pending:  # grows while a replacement is to be looked at too
-        replacement = None if child in decided.pairs else _first_replacement(child, policies, indices)
+) -> dict[nn.Module, nn.Module]:
+    decided: dict[nn.Module, nn.Module] = {}
+    asked = {root}
+    pending = list(root.modules())
+    for module in pending:  # grows while replacements are to be looked at too
+        if module in asked:
+            continue
+        asked.add(module)
+        replacement = _first_replacement(module, policies, indices)
         if replacement is None:
             continue
-        device = _device_of(child) or _device_of(root)
-        if device is not None:
-            replacement = replacement.to(device)
-        decided.pairs[child] = replacement
-        decided.slots.extend((parent, attribute, replacement) for parent, attribute in parents[child])
+        device = _device_of(module) or _device_of(root)
+        decided[module] = replacement if device is None else replacement.to(device)
         if recurse_on_replacements:
-            inner = {replacement: parents[child], **_parents_by_child(replacement)}
-            pending.extend(inner)
-            parents.update(inner)
+            pending.extend(replacement.modules())
     return decided
 
 
@@ -156,14 +145,20 @@ def _first_replacement(
     return None
 
 
-def _parents_by_child(root: nn.Module) -> dict[nn.Module, list[tuple[nn.Module, str]]]:
-    """Every submodule in model order, with its parents and its name in each."""
-    parents: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
-    for parent in root.modules():
-        for attribute, child in parent._modules.items():
-            if child is not None:
-                parents.setdefault(child, []).append((parent, attribute))
-    return {child: parents[child] for child in root.modules() if child in parents}
+def _put_in_place(root: nn.Module, replacements: Mapping[Any, nn.Module], replaced_again: bool) -> None:
+    """Puts replacements where the modules stood, also inside of other replacements, which take modules over.
+
+    Inside of its own replacement a module stays: that wraps it.
+    """
+    for parent in root.modules():  # goes on to the children when this is done with the parent
+        for name, child in list(parent._modules.items()):
+            if child not in replacements:
+                continue
+            steps = [child, replacements[child]]
+            while replaced_again and steps[-1] in replacements and steps[-1] not in steps[:-1]:
+                steps.append(replacements[steps[-1]])
+            if parent not in steps[-1].modules():
+                setattr(parent, name, steps[-1])
 
 
 def _device_of(module: nn.Module) -> torch.device | None:
@@ -178,8 +173,9 @@ def _as_sequence(optimizers: Optimizer | Sequence[Optimizer]) -> Sequence[Optimi
 def _update_optimizers(
     swaps: Iterable[tuple[Iterable[Parameter], Iterable[Parameter]]],
     optimizers: Sequence[Optimizer],
-    still_in_use: Container[Parameter] = (),
+    in_use: Container[Parameter] | None = None,
 ) -> None:
+    """Makes the swaps in turn; ``in_use`` are the parameters of the changed model, None where the swaps say it all."""
     if not optimizers:
         return
     homes = {
@@ -192,7 +188,7 @@ def _update_optimizers(
     without_home = 0
     for old_params, new_params in swaps:
         old, new = dict.fromkeys(old_params), dict.fromkeys(new_params)
-        removed.update(parameter for parameter in old if parameter not in new and parameter not in still_in_use)
+        removed.update(p for p in old if p not in new and (in_use is None or p not in in_use))
         added = [parameter for parameter in new if parameter not in old and parameter not in homes]
         if not added:
             continue
@@ -200,7 +196,7 @@ def _update_optimizers(
         if home is None:
             without_home += len(added)
             home = (optimizers[0], optimizers[0].param_groups[0])
-        _append(home[1], added)
+        _append(home[1], [p for p in added if in_use is None or p in in_use])
         homes.update(dict.fromkeys(added, home))
     if without_home:
         log.info(

@@ -1,11 +1,11 @@
-"""What `GateMonitor` adds to training at its default interval: counted, and timed within one run.
+"""Measures the overhead of `GateMonitor` in training at its default interval.
 
     make gate-monitor-overhead
 
-Trains a ResNet with Squeeze-and-Excitation for two intervals. Operators and the numbers they read and write are counted
-exactly for an observed batch and for one that is not; the difference, spread over the interval, is the overhead. Times
-are those of the same batches, so they share one instance of the network; the observed batches are few, and on a busy
-machine only the counts mean something.
+Trains a ResNet with Squeeze-and-Excitation for two intervals. Counts the operators of an observed batch and of another
+one, and the numbers that they read and write. The difference, spread over the interval, is the overhead. Observed
+batches and others are timed in one run, on one instance of the network. Few batches are observed, so trust only the
+counts on a busy machine.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ class OperatorCounter(TorchDispatchMode):
 
 
 class Watch(Callback):
-    """Notes the counters and the clock at the start and the end of every batch; stands around the monitor."""
+    """Records counters and clock: one before the monitor, at the start of every batch, another after it, at the end."""
 
     def __init__(self, counter: OperatorCounter | None, ends: list[Any], starts: bool) -> None:
         self.counter, self.ends, self.starts = counter, ends, starts
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Before the monitor, if this is the one that stands before it."""
+        """Records before the monitor."""
         if self.starts:
             self.ends.append([self._now()])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """After the monitor, if this is the one that stands after it."""
+        """Records after the monitor."""
         if not self.starts:
             self.ends[-1].append(self._now())
 

@@ -246,27 +246,40 @@ def test_algorithm_can_be_left_out_by_the_name_that_the_message_gives(whole_run)
     assert num_layers(run) == 0
 
 
-def test_checkpoint_of_composers_algorithm_goes_on_with_ours(builtin_run) -> None:
+@pytest.mark.parametrize("exclude", [None, ["SqueezeExcite"]])
+def test_checkpoint_of_composers_algorithm_goes_on_with_ours(builtin_run, exclude) -> None:
     uninterrupted, folder = builtin_run
-    memory = InMemoryLogger()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*required_on_load.*")
-        resumed = trainer([SqueezeExcite(**OPTIONS)], load_path=str(folder / "ep1.pt"), loggers=[memory])
-    assert [type(algorithm) for algorithm in resumed.state.algorithms] == [SqueezeExcite]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        path = str(folder / "ep1.pt")
+        resumed = trainer([SqueezeExcite(**OPTIONS)], load_path=path, load_exclude_algorithms=exclude)
+    assert any("required_on_load" in str(warning.message) for warning in caught) == (exclude is None)
+    assert [type(algorithm) for algorithm in resumed.state.algorithms] == [SqueezeExcite, BUILTIN][: 1 + (not exclude)]
     assert num_layers(resumed) == 2
+    assert num_layers(resumed, composer.algorithms.squeeze_excite.SqueezeExciteConv2d) == 0
     assert surgery.count_module_instances(resumed.state.model, nn.Conv2d) == 3
-    assert memory.hyperparameters["squeeze_excite/num_squeeze_excite_layers"] == 2
     resumed.fit()
     for name, value in network_weights(resumed).items():
         torch.testing.assert_close(value, network_weights(uninterrupted)[name], rtol=1e-4, atol=1e-5)
 
 
-def test_other_layers_in_composers_checkpoint_are_explained(builtin_run, caplog) -> None:
+def test_convs_that_ours_leaves_out_get_composers_blocks_from_its_checkpoint(builtin_run) -> None:
     _, folder = builtin_run
+    options: dict[str, Any] = {"load_path": str(folder / "ep1.pt"), "load_weights_only": True}
+    run = trainer([SqueezeExcite(4, 32)], **options)
+    assert num_layers(run) == num_layers(run, composer.algorithms.squeeze_excite.SqueezeExciteConv2d) == 1
     with pytest.raises(RuntimeError, match="Missing key|Unexpected key|size mismatch"):
-        trainer([SqueezeExcite(4, 32)], load_path=str(folder / "ep1.pt"), load_weights_only=True)
-    assert "SqueezeExcite(latent_channels=4,min_channels=16) and has 2 SE layers; this model has 1" in caplog.text
-    assert "min_channels_of='both'" in caplog.text
+        trainer([SqueezeExcite(4, 32)], load_exclude_algorithms=["SqueezeExcite"], **options)
+
+
+def test_checkpoint_of_composer_before_0_12_loads(whole_run, tmp_path) -> None:
+    uninterrupted, folder = whole_run
+    checkpoint = torch.load(folder / "ep1.pt", weights_only=False)
+    checkpoint["state"]["algorithms"] = dict(checkpoint["state"]["algorithms"])
+    torch.save(checkpoint, tmp_path / "ep1.pt")
+    resumed = trainer([SqueezeExcite(**OPTIONS)], load_path=str(tmp_path / "ep1.pt"))
+    resumed.fit()
+    assert_equal_weights(resumed, uninterrupted)
 
 
 def test_our_checkpoint_goes_back_to_composers_algorithm(whole_run) -> None:

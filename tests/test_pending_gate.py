@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from composer_se import SqueezeExciteConv2d
+from composer_se import SqueezeExciteConv2d, apply_squeeze_excite
 from composer_se.pending_gate import PendingGate
 
 CHANNELS = 8
@@ -104,6 +104,17 @@ def retained_gradient(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     return slope * v + v.grad
 
 
+def backward_twice(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    y = norm(conv(x))
+    y.square().sum().backward(retain_graph=True)
+    return y
+
+
+def saved_through_hooks(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        return norm(conv(x))
+
+
 @torch.jit.script
 def scripted(x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, training=True) + x.sin()
@@ -137,6 +148,8 @@ USES: dict[str, Callable[..., Any]] = {
     "deep copy of the values": lambda conv, norm, x: norm(conv(x)) + copy.deepcopy(conv(x).detach()),
     "script module": lambda conv, norm, x: norm(scripted(conv(x))),
     "saved tensors moved": saved_elsewhere,
+    "saved tensors copied": saved_through_hooks,
+    "backward twice": backward_twice,
     "layer norm": lambda conv, norm, x: norm(F.layer_norm(conv(x), (7, 7))) if x.shape[-1] == 9 else conv(x),
 }
 NORMS: dict[str, Callable[[], nn.Module]] = {
@@ -235,6 +248,48 @@ def test_frozen_parts_get_no_gradient_and_the_others_theirs(frozen) -> None:
     )
 
 
+def of_library(module: str, name: str, *args: Any, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: getattr(pytest.importorskip(module), name)(*args, **options)
+
+
+def ghost_batch_norm() -> nn.Module:
+    ghost = pytest.importorskip("composer.algorithms.ghost_batchnorm.ghost_batchnorm")
+    return ghost.GhostBatchNorm2d(nn.BatchNorm2d(CHANNELS), ghost_batch_size=2)
+
+
+LIBRARY_NORMS: dict[str, Callable[[], nn.Module]] = {
+    "torchvision's frozen batch norm": of_library("torchvision.ops", "FrozenBatchNorm2d", CHANNELS),
+    "timm's batch norm with activation": of_library("timm.layers", "BatchNormAct2d", CHANNELS),
+    "timm's, evaluation": lambda: of_library("timm.layers", "BatchNormAct2d", CHANNELS)().eval(),
+    "Composer's ghost batch norm": ghost_batch_norm,
+    "Composer's group norm": of_library(
+        "composer.algorithms.low_precision_groupnorm.low_precision_groupnorm", "LPGroupNorm", 2, CHANNELS
+    ),
+}
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("kind", LIBRARY_NORMS)
+def test_norms_of_libraries_are_those_of_the_plain_formula(kind, memory_format) -> None:
+    norm = LIBRARY_NORMS[kind]()
+    mine = results(SqueezeExciteConv2d, USES["norm"], norm, memory_format=memory_format)
+    assert not isinstance(mine, str), mine
+    assert_same(mine, results(PlainConv2d, USES["norm"], norm, memory_format=memory_format))
+
+
+@pytest.mark.parametrize("compiled", ["conv", "norm"])
+def test_part_that_is_compiled_by_itself_works_with_the_other(compiled) -> None:
+    def use(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+        torch.compiler.reset()
+        if compiled == "conv":
+            return nn.Sequential(torch.compile(conv, backend="aot_eager"), norm)(x)
+        return nn.Sequential(conv, torch.compile(norm, backend="aot_eager"))(x)
+
+    mine = results(SqueezeExciteConv2d, use, NORMS["batch"]())
+    assert not isinstance(mine, str), mine
+    assert_same(mine, results(PlainConv2d, USES["norm"], NORMS["batch"]()))
+
+
 def layers() -> tuple[SqueezeExciteConv2d, nn.BatchNorm2d]:
     return SqueezeExciteConv2d(3, CHANNELS, 3, latent_channels=4, followed_by_norm=True), nn.BatchNorm2d(CHANNELS)
 
@@ -325,6 +380,30 @@ def test_map_goes_when_the_backward_pass_is_over() -> None:
         assert u() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("order", ["surgery first", "conversion first"])
+def test_synchronised_norms_get_the_same_blocks_before_surgery_and_after(order) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, CHANNELS, 3), nn.BatchNorm2d(CHANNELS), nn.ReLU())
+    steps: list[Callable[[nn.Module], Any]] = [
+        lambda model: apply_squeeze_excite(model, 4, 1),
+        lambda model: nn.SyncBatchNorm.convert_sync_batchnorm(model),
+    ]
+    model = copy.deepcopy(plain)
+    for step in steps if order == "surgery first" else steps[::-1]:
+        torch.manual_seed(1)
+        changed = step(model)
+        model = changed if isinstance(changed, nn.Module) else model
+    torch.manual_seed(1)
+    apply_squeeze_excite(plain, 4, 1)
+    assert isinstance(model[0], SqueezeExciteConv2d)
+    assert isinstance(model[1], nn.SyncBatchNorm)
+    images, found = torch.randn(4, 3, 9, 9), []
+    for network in (model.eval(), plain.eval()):
+        network(images).square().sum().backward()
+        found.append([network(images).detach(), *(parameter.grad for parameter in network.parameters())])
+    torch.testing.assert_close(found[0], found[1])
 
 
 def test_norms_that_wait_for_other_processes_get_the_product() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from composer_se import launch
 from composer_se.commands.train import run_recipe
 from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
@@ -260,3 +261,15 @@ def test_keys_for_the_trainer_are_its_own() -> None:
     fields = {field.name for field in dataclasses.fields(Recipe)}
     assert set(keys("trainer")) <= set(parameters)
     assert set(keys("trainer")) <= fields
+
+
+def test_small_images_are_trained_by_one_thread_unless_the_user_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = dict.fromkeys(("OMP_WAIT_POLICY", "LOCAL_WORLD_SIZE"), "1") | {"OMP_NUM_THREADS": "3"}
+    monkeypatch.setattr(launch.os, "environ", environment)
+    monkeypatch.setattr(launch, "available_cores", lambda: 4)
+    launch.share_cores()
+    assert launch.threads_for(64 * 8**2) is None
+    del environment["OMP_NUM_THREADS"]
+    launch.share_cores()
+    assert [launch.threads_for(pixels) for pixels in (64 * 8**2, 3 * 2**14, 8 * 224**2)] == [1, 3, 4]
+    assert environment["OMP_NUM_THREADS"] == "4"

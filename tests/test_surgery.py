@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import LBFGS, SGD, Adam
@@ -114,6 +117,103 @@ def test_a_wrapper_around_the_old_module_is_not_wrapped_again_in_recursion() -> 
     model = net()
     replace_module_classes(model, {nn.Linear: wrap}, recurse_on_replacements=True)
     assert count_module_instances(model, Scaled) == 2
+
+
+class Node(nn.Module):
+    """A module of a random graph, with a parameter of its own in front of its children's."""
+
+    def __init__(self, *children: nn.Module) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        for i, child in enumerate(children):
+            self.add_module(f"child{i}", child)
+
+
+class Root(Node):
+    pass
+
+
+REPLACEMENTS = {
+    "keep": lambda node: None,
+    "drop": lambda node: Node(),
+    "wrap": lambda node: Node(node),
+    "wrap twice": lambda node: Node(Node(), Node(node, node)),
+    "take over": lambda node: Node(*node.children()),
+    "take over deep": lambda node: Node(Node(*node.children()), *list(node.children())[1:]),
+}
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> Root:
+    nodes: list[nn.Module] = []
+    for _ in range(draw(st.integers(1, 6))):
+        nodes.append(Node(*draw(st.lists(st.sampled_from(nodes), max_size=3)) if nodes else ()))
+    return Root(*draw(st.lists(st.sampled_from(nodes), min_size=1, max_size=4)))
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(graphs(), st.lists(st.sampled_from(list(REPLACEMENTS)), max_size=8), st.booleans(), st.data())
+def test_any_graph_is_replaced_everywhere_and_each_module_asked_once(root, actions, recurse, data) -> None:
+    before = [module for module in root.modules() if module is not root]
+    group_of = {module: data.draw(st.integers(0, 1)) for module in before}
+    optimizer = SGD([{"params": [n.weight for n in before if group_of[n] == i] + [root.weight] * i} for i in (0, 1)])
+    asked: list[nn.Module] = []
+    children: dict[nn.Module, list[nn.Module]] = {}
+
+    def policy(node: nn.Module, index: int) -> nn.Module | None:
+        assert index == len(asked)
+        asked.append(node)
+        new = REPLACEMENTS[actions[index]](node) if index < len(actions) else None
+        for module in new.modules() if new is not None else ():
+            group_of.setdefault(module, group_of[node])
+            children[module] = list(module._modules.values())
+        return new
+
+    for module in root.modules():
+        children[module] = list(module._modules.values())
+    replaced = replace_module_classes(root, {Node: policy}, optimizer, recurse_on_replacements=recurse)
+
+    def expected(module: nn.Module, inside_of: frozenset[nn.Module]) -> Any:
+        """The graph as it should be: replaced everywhere but inside of the module's own replacement."""
+        if module in replaced and module not in inside_of:
+            inside_of |= {module}
+            module = replaced[module]
+            while recurse and module in replaced:
+                inside_of |= {module}
+                module = replaced[module]
+        return module, [expected(child, inside_of) for child in children[module]]
+
+    def actual(module: nn.Module) -> Any:
+        return module, [actual(child) for child in module._modules.values() if child is not None]
+
+    assert actual(root) == expected(root, frozenset())
+    assert len(asked) == len(set(asked))
+    assert set(before) <= set(asked)
+    for i, group in enumerate(optimizer.param_groups):
+        in_group = [n.weight for n in root.modules() if group_of.get(n, 1) == i]
+        assert sorted(map(id, group["params"])) == sorted(map(id, in_group))
+
+
+def test_child_that_a_replacement_takes_over_is_replaced_in_its_other_parents_too() -> None:
+    shared, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared, other), "b": nn.ModuleList([shared])})
+    declined: list[nn.Module] = []
+    policies = {
+        nn.Sequential: lambda module, index: nn.ModuleList(module),
+        nn.Linear: lambda module, index: declined.append(module) if module is other else nn.Identity(),
+    }
+    replace_module_classes(model, policies, recurse_on_replacements=True)
+    assert declined == [other]
+    assert model["a"][0] is model["b"][0]
+    assert model["a"][0] is not shared
+
+
+def test_shared_module_is_replaced_inside_a_later_replacement_that_took_it_over() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared)})
+    replace_module_classes(model, {nn.Linear: anew, nn.Sequential: lambda module, index: nn.ModuleList(module)})
+    assert model["b"][0] is model["a"]
+    assert model["a"] is not shared
 
 
 def test_error_in_a_policy_changes_nothing() -> None:

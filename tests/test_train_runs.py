@@ -111,6 +111,12 @@ def test_interrupted_run_says_how_to_continue(tmp_path: Path) -> None:
     assert "Traceback" not in output
 
 
+def test_interrupted_launch_says_how_to_continue_once(tmp_path: Path) -> None:
+    output = train_until(tmp_path, 7, signal.SIGINT, "digits", *TINY, "max_duration=300ep", processes=2)
+    assert output.count("the same command continues") == 1
+    assert "Begin global rank" not in output  # the launcher shows nothing of the processes that the user doesn't watch
+
+
 def test_two_processes_share_the_batch_and_end_with_equal_weights(tmp_path: Path) -> None:
     script = tmp_path / "watch.py"
     # The recipe's own entry point, with one thing more: each rank keeps the model it ended with.

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer_se import launch
+from composer_se.commands.recipe import add_recipe_arguments, write_run_report
 from composer_se.commands.surgery_log import surgery_logged_from
-from composer_se.commands.train import add_recipe_arguments, write_run_report
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:

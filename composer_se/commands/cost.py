@@ -1,4 +1,4 @@
-"""Measures what Squeeze-and-Excitation costs on a network and this machine.
+"""Measures the cost of Squeeze-and-Excitation on a network and this machine.
 
 A row for the plain network and one for each --min-channels: SE layers, parameters, multiply-adds, bytes saved for
 backward, full-size passes, the time of a training step and of inference, each also as a ratio to the plain network,
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the files asked for.
 
     Args:
-        args: What `add_arguments` parsed.
+        args: As parsed by `add_arguments`.
 
     Returns:
         0.
@@ -170,14 +170,14 @@ def _timed_device(args: argparse.Namespace) -> torch.device:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    """Complains now rather than after the measurement."""
+    """Raises the error now and not after the measurement."""
     if path is None:
         return
     is_new = not os.path.lexists(path)
     with _writing(option, path):
         path.open("a").close()
         if is_new:
-            path.unlink()  # what fails later shall not leave an empty file
+            path.unlink()  # a later failure must not leave an empty file
 
 
 @contextmanager

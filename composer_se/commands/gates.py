@@ -1,7 +1,7 @@
-"""Shows what the gates of a trained network do on held-out images, by class and by layer, and which layers need them.
+"""Shows the gates of a trained network on held-out images, by class and by layer, and the layers that need them.
 
-Writes gates.png and gates.json into the run's folder (or --out), and prints a table. One layer after the other has its
-gates fixed at their means over the images; what that costs in accuracy is what its looking at the image is worth.
+Prints a table, and writes gates.png and gates.json into the run's folder (or --out). Fixes the gates of one layer at a
+time at their means over the images. The accuracy lost is the worth of the layer's look at the image.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyses, prints the table, writes picture and numbers, and renews the run's report.
+    """Analyses, prints the table, writes picture and numbers, and writes the run's report again.
 
     Args:
-        args: What `add_arguments` parsed.
+        args: As parsed by `add_arguments`.
 
     Returns:
         0.

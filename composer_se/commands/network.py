@@ -1,4 +1,4 @@
-"""How a command is told which network to work on: a registered name, a recipe, or a function of the user's."""
+"""Reads the network from a command line: a registered name, a recipe, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class NamedNetwork:
         name: As the user wrote it.
         build: Makes the plain network on the CPU, with the same weights at every call.
         squeeze_excite: The recipe's `algorithms.squeeze_excite`; None without a recipe, or where it has none.
-        image_size: Height and width in pixels of the recipe's images; None where that is not known.
+        image_size: Height and width in pixels of the recipe's images; None if unknown.
     """
 
     name: str
@@ -38,7 +38,7 @@ class NamedNetwork:
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the three ways of naming a network, of which the user takes one."""
+    """Adds the three ways to name a network. The user takes one."""
     group = parser.add_argument_group("the network (one of)")
     group.add_argument(
         "factory",
@@ -54,7 +54,7 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
     """Finds the network that the arguments name.
 
     Args:
-        args: What `add_network_arguments` parsed.
+        args: As parsed by `add_network_arguments`.
 
     Returns:
         The network, not yet built.

@@ -1,6 +1,6 @@
-"""Shows which convs of a network would get Squeeze-and-Excitation, why, and what that adds. Changes and trains nothing.
+"""Shows the convs of a network that would get Squeeze-and-Excitation, and the added cost. Changes and trains nothing.
 
-Convs that differ in a number in their name only share a row; the numbers of a row are those of each.
+Equal convs whose names differ only in numbers share a row. Its numbers are those of each conv.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the plan, or writes it as JSON.
 
     Args:
-        args: What `add_arguments` parsed.
+        args: As parsed by `add_arguments`.
 
     Returns:
         0.
@@ -140,7 +140,7 @@ def _table(name: str, planned: Plan) -> Table:
     table.add_column("channels", justify="right", no_wrap=True)
     if with_maps:
         table.add_column("map", justify="right", no_wrap=True)
-    # What a chosen conv gets and why another gets nothing share a column, so that the table fits 80.
+    # One column for the cost of chosen convs and the reason for the others, so that the table fits 80 characters.
     gets = f"{'width':>5} {'+weights':>9}" + (f" {'+mult-adds':>10}" if with_maps else "")
     table.add_column(Text(gets), min_width=len(gets))
     for conv in planned.grouped():

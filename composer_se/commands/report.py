@@ -1,6 +1,6 @@
-"""Writes a run's report.html anew, with what has come into its folder since.
+"""Writes a run's report.html again, with the files that were added to its folder.
 
-That is what `composer-se gates` found, and what `composer-se cost --json RUN/cost.json` measured.
+These are the results of `composer-se gates` and of `composer-se cost --json RUN/cost.json`.
 """
 
 from __future__ import annotations

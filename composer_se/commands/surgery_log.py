@@ -1,4 +1,4 @@
-"""Keeps the surgery's log lines, one for every network that is made, from tearing a progress bar."""
+"""Raises the log level while a progress bar is shown."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["surgery_logged_from"]
 
 @contextmanager
 def surgery_logged_from(level: int) -> Iterator[None]:
-    """Within it, the package logs from this level on."""
+    """Makes the package log from this level on."""
     log = logging.getLogger("composer_se")
     before = log.level
     log.setLevel(level)

@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from composer_se import launch
+from composer_se.commands.recipe import add_recipe_arguments, write_run_report
 
 if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
 
-__all__ = ["add_arguments", "add_recipe_arguments", "run", "run_recipe", "write_run_report"]
+__all__ = ["add_arguments", "run", "run_recipe"]
+
+
+_WORDS = {
+    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
+    "metrics/eval/CrossEntropy": "held-out cross entropy",
+    "loss/train/total": "last training loss",
+    "throughput/samples_per_sec": "images per second",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of the command."""
     add_recipe_arguments(parser, "a key of the recipe, such as optimizer.lr=0.1 or algorithms.squeeze_excite=null")
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, changes: str) -> None:
-    """Adds a recipe and its overrides, which may also stand among the options; see `composer_se.cli.parse`."""
-    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=f"change {changes}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,11 +69,11 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
 
 def _train_and_show(recipe: Recipe) -> None:
-    from composer_se.recipe.run import print_summary, train
+    from composer_se.recipe.run import train
 
     summary, was_finished = train(recipe)
     if launch.is_local_rank_zero() and (was_finished or os.environ.get("RANK", "0") == "0"):
-        print_summary(summary)
+        _print_summary(summary)
     if was_finished:
         launch.say(
             f"{recipe.run_folder} is complete: nothing to train. Train longer with max_duration=..., "
@@ -87,11 +89,37 @@ def _train_and_show(recipe: Recipe) -> None:
         )
 
 
-def write_run_report(run_folder: Path) -> None:
-    """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
-    from composer_se.report import write_report
+def _print_summary(summary: dict[str, Any]) -> None:
+    """Prints the summary of a complete run as a table that fits 80 columns."""
+    from rich.console import Console
+    from rich.table import Table
 
-    try:
-        write_report(run_folder)
-    except Exception:
-        logging.getLogger(__name__).warning("%s: report.html could not be written", run_folder, exc_info=True)
+    from composer_se.show.text import duration
+
+    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
+    table = Table(title=f"{summary['run_name']}: {length}", show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(justify="right", overflow="fold")
+    for name, value in summary["metrics"].items():
+        if name in _WORDS:
+            table.add_row(_WORDS[name], _format(name, value))
+    total, added = summary["parameters"], summary["squeeze_excite_parameters"]
+    table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
+    table.add_row("parameters", f"{total:,}")
+    share = f" (+{added / (total - added):.2%})" if added else ""
+    table.add_row("of these added by SE", f"{added:,}{share}")
+    table.add_row("wall time", duration(summary["wall_seconds"]))
+    table.add_row("folder", summary["run_folder"])
+    Console().print(table)
+
+
+def _count(number: int, singular: str, plural: str) -> str:
+    return f"{number:,} {singular if number == 1 else plural}"
+
+
+def _format(name: str, value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    if name.endswith("Accuracy"):
+        return f"{value:.2%}"
+    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"

@@ -16,7 +16,7 @@ from composer_se.gates.observe import se_blocks
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import Split
 from composer_se.recipe.schema import Recipe
-from composer_se.recipe.trainer import Parts, build_loader, count_outputs, end_trainer, make_trainer
+from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, make_plan
 
 __all__ = ["Trained", "load_trained"]
@@ -121,11 +121,10 @@ def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
 
 def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -> nn.Module:
     network = plan.model.build()
-    parts = Parts(network, count_outputs(network, plan, split))
+    parts = Parts(network, count_outputs(network, plan, split), build_algorithms(plan))
     try:
         # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
         trainer = make_trainer(
-            plan,
             parts,
             load_path=str(checkpoint),
             load_weights_only=True,

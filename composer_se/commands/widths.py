@@ -1,4 +1,4 @@
-"""The numbers of channels on a command line: spelled here, checked as `composer_se.SqueezeExciteOptions` does."""
+"""Reads numbers of channels from a command line. `composer_se.SqueezeExciteOptions` checks them."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from composer_se.recipe.schema import Recipe, keys
 
 __all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
 
-# What tells the runs of a comparison apart is not for an arm to say.
+# The comparison sets these keys itself, so that each run has its own.
 _RESERVED = keys("set")
 
 # What has to be the same in all arms for their accuracies to be comparable at equal epochs.
@@ -44,7 +44,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared.
+    """The question: a recipe, its arms, and how often each is trained.
 
     Attributes:
         recipe: The path of a YAML file, or the name of a shipped recipe.
@@ -83,7 +83,7 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
         Arm name to recipe; the run's folder is `FOLDER/runs/ARM-seedN`.
 
     Raises:
-        UserError: A recipe is wrong, or an arm changes what tells runs apart, or has nothing to be evaluated on.
+        UserError: A recipe is wrong, or an arm sets a key of the comparison's own, or has nothing to be evaluated on.
     """
     for override in comparison.overrides:
         _refuse(override, [key for key in _RESERVED if key != "seed"], "")

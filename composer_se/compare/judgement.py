@@ -1,4 +1,4 @@
-"""What the findings say about each arm, in figures and in a plain sentence."""
+"""Judges each arm by the findings, in numbers and in a plain sentence."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[
 
 
 def _beside_best_no_slower(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Interval] | None:
-    """The arm against the most accurate of the others that are not slower, as far as the timing can tell."""
+    """The most accurate of the other arms that are not shown to be slower, and the difference to it."""
 
     def is_slower(other: str) -> bool:
         return ratio_of_means(findings.speeds[other].latency, findings.speeds[arm].latency).low > 1
@@ -119,21 +119,21 @@ def _verdict(difference: Interval, reference: str) -> str:
 
 
 def _is_shown(difference: Interval) -> bool:
-    """Whether a difference is told from zero.
+    """Says whether the seeds show a difference.
 
-    Seeds whose differences agree to the digit show nothing: accuracies come in whole images, and two seeds of two equal
+    Seeds whose differences agree to the digit do not: accuracies come in whole images, and two seeds of two equal
     arms differ by the same number of them in 7 % of cases.
     """
     return difference.excludes(0) and not _is_tie(difference)
 
 
 def _is_tie(difference: Interval) -> bool:
-    """Whether there is no spread to judge by, but for rounding."""
+    """Says whether all seeds agree, up to rounding."""
     return difference.half_width < 1e-9
 
 
 def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
-    """How many seeds would decide what is open."""
+    """The number of seeds that would probably decide, for each difference that is open."""
     needed = []
     for where, difference in differences.items():
         if not math.isnan(difference.half_width) and not _is_shown(difference):

@@ -40,7 +40,7 @@ def read_or_measure_speeds(
         recipes: Arm name to recipe.
         reference: Name of the arm that the others are compared with.
         folder: The comparison's.
-        progress: Told of each turn.
+        progress: Called before each turn.
 
     Returns:
         Arm name to speed, the machine that the reference was measured on, and its number of processes.
@@ -54,7 +54,7 @@ def read_or_measure_speeds(
     described = {name: _what_speed_depends_on(recipe) for name, recipe in recipes.items()}
     if kept.get(reference, {}).get("recipe") != described[reference]:
         kept = {}
-    entries = {name: entry for name, entry in kept.items() if entry["recipe"] == described.get(name)}
+    entries = {name: entry for name, entry in kept.items() if entry.get("recipe") == described.get(name)}
     rounds = {name: len(entry["speed"]["step"]) for name, entry in entries.items()}
     missing = {name: range(rounds.get(name, 0), ROUNDS) for name in recipes if rounds.get(name, 0) < ROUNDS}
     if missing:

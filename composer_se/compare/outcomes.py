@@ -1,4 +1,4 @@
-"""What came out of the runs of a comparison, and how it is kept.
+"""The outcomes of a comparison's runs, and the files that keep them.
 
 FOLDER/outcomes/RUN.json is all that a comparison needs of a complete run; the run's own folder may be deleted.
 """
@@ -111,7 +111,8 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
             outcome = Outcome(**found | {"accuracies": tuple((batch, share) for batch, share in found["accuracies"])})
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
-        _check_same(_with_defaults(stored), recipe, path)
+        # With defaults for keys that the version it was kept by did not know.
+        _check_same(dataclasses.asdict(Recipe()) | stored, recipe, path)
         return outcome
     if under_way.is_file():
         _check_same(_plain(load_recipe(str(under_way))), recipe, under_way.parent)
@@ -141,17 +142,6 @@ def _check_same(stored: dict[str, Any], recipe: Recipe, kept: Path) -> None:
             f"{kept}: belongs to another recipe, which can't be continued with this one: {changed}; "
             "delete it, or give another --out or another name to the arm"
         )
-
-
-def _with_defaults(stored: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as it was kept, with the keys that the version it was kept by did not know."""
-    defaults: dict[str, Any] = {}
-    for key in dataclasses.fields(Recipe):
-        if key.default_factory is not dataclasses.MISSING:
-            defaults[key.name] = key.default_factory()
-        elif key.default is not dataclasses.MISSING:
-            defaults[key.name] = key.default
-    return defaults | stored
 
 
 def _plain(recipe: Recipe) -> dict[str, Any]:

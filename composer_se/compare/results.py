@@ -112,7 +112,7 @@ def command(comparison: Comparison, processes: int) -> str:
 
 
 def conditions(comparison: Comparison, findings: Findings) -> str:
-    """What the figures hold for."""
+    """The recipe, the seeds and the machine behind the numbers."""
     reference = comparison.reference.name
     run, speed = findings.runs[reference][0], findings.speeds[reference]
     seeds = ", ".join(str(run.seed) for run in findings.runs[reference])

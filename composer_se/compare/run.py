@@ -28,7 +28,7 @@ from composer_se.show.terminal import Progress
 
 __all__ = ["Findings", "check", "run_comparison"]
 
-# Of the training time: what no number of seeds that anybody trains could tell from nothing.
+# A share of the training time that no affordable number of seeds could tell from none.
 NEGLIGIBLE = 0.01
 
 # Callbacks that end training before its duration.
@@ -37,7 +37,7 @@ _STOPPERS = ("early_stopper", "threshold_stopper")
 
 @dataclass
 class Findings:
-    """What is known so far.
+    """Everything known so far.
 
     Attributes:
         speeds: Arm name to how fast it is.
@@ -85,7 +85,7 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
 
     Args:
         comparison: What is compared, checked.
-        progress: Told of every training step.
+        progress: Called after every training step.
 
     Yields:
         The findings after the measuring and after each seed: the same object, grown.
@@ -137,7 +137,7 @@ def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
 
 
 def training_seconds(arm: str, findings: Findings) -> float:
-    """What an arm's training takes at the speed measured, evaluations left out."""
+    """The time of an arm's training at the speed measured, without evaluations."""
     steps = findings.speeds[arm].step
     return findings.runs[arm][0].batches * sum(steps) / len(steps)
 

@@ -1,9 +1,9 @@
-"""How fast an arm trains and infers, measured in short turns so that the drift of the machine favours no arm.
+"""Measures the speed of an arm in short turns, so that the drift of the machine favours no arm.
 
-The runs themselves are too far apart in time for that: on a shared machine one hour's steps are 10 % slower than the
-next hour's, where the arms differ by less. A turn trains some steps of the real recipe, data loading and algorithms
-included, at several points of its duration, since algorithms may work in a part of it only. What an algorithm does at
-the ends of epochs and what it keeps from one to the next, such as frozen layers, is not in it.
+Timing the runs themselves would not do: on a shared machine, steps of one hour can be 10 % slower than those of the
+next, and arms differ by less. A turn trains some steps of the real recipe, with its data loading and algorithms. Turns
+are taken at several points of the run's duration, since an algorithm may work in a part of it only. Work that an
+algorithm does between epochs is left out, and so are layers that it has frozen by then.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _OPTIONS = (*keys("trainer", "speed"), "seed", "dist_timeout")
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast an arm is, turn by turn.
+    """The speed of an arm, turn by turn.
 
     Attributes:
         step: Seconds per training step, loading the batch included; the mean of each turn.
@@ -60,7 +60,7 @@ class Turn:
 
 
 def steps_per_turn(name: str, recipe: Recipe) -> int:
-    """How many steps fill a turn, from a short turn of one arm; the same number on all ranks."""
+    """The number of steps that fill a turn, from a short turn of one arm; the same on all ranks."""
     seconds = take_turn(name, recipe, 0.0, LEAST_STEPS).step
     return from_rank_zero(lambda: min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds))))
 
@@ -117,10 +117,8 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
 
 
 def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
-    plan = make_plan(recipe)
-    parts = build_parts(recipe, plan)
+    parts = build_parts(recipe, make_plan(recipe))
     trainer = make_trainer(
-        plan,
         parts,
         callbacks=[stopwatch],
         progress_bar=False,

@@ -1,4 +1,4 @@
-"""What a variant costs that can be counted exactly, and its peak memory on a GPU."""
+"""Counts the costs of a variant that are exact, and its peak memory on a GPU."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def count(
     autocast: Callable[[], AbstractContextManager[Any]],
     compile_network: Callable[[nn.Module], Callable[[torch.Tensor], Any]] | None,
 ) -> Counts:
-    """Counts what one variant costs.
+    """Counts the costs of one variant.
 
     Args:
         build: Makes the variant on the CPU.

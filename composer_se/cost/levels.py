@@ -1,4 +1,4 @@
-"""How slow each copy of each variant is, from repeated timings, and the ratios that follow."""
+"""The level of each copy of each variant, from repeated timings, and the ratios that follow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Seconds = Mapping[str, Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Levels:
-    """How slow each instance is, in logarithms, with what all instances of a round have in common taken out.
+    """The time of each instance as a logarithm, relative to the median of all instances in the same round.
 
     Attributes:
         of: Per variant, one logarithm for each instance.
@@ -33,11 +33,11 @@ class Levels:
 
 
 def find_levels(seconds: Seconds) -> Levels:
-    """Takes out what the rounds share and finds how far instances of the same code lie apart.
+    """Divides by the median of each round, and finds the spread between instances of the same code.
 
-    In every round each instance is timed once, so the median of a round is the state of the machine in it (its clock,
-    its other guests) and cancels. An instance's level is the median over its rounds, so that a disturbed visit
-    does not count.
+    Each instance is timed once a round. The median of a round measures the state of the machine (its clock, other
+    programs), and cancels. An instance's level is the median over its rounds, so a single disturbed visit does not
+    count.
 
     Args:
         seconds: Per variant, per instance, one time in seconds for each round; the same number of rounds everywhere
@@ -64,7 +64,7 @@ def find_levels(seconds: Seconds) -> Levels:
 
 
 def typical_seconds(measured: Levels, variant: str) -> float:
-    """The time of a variant in the median round; quotients of two of them are what `time_ratio` gives."""
+    """The time of a variant in the median round. `time_ratio` is the quotient of two such times."""
     return math.exp(measured.common + mean(measured.of[variant]))
 
 
@@ -77,8 +77,8 @@ def time_ratio(measured: Levels, variant: str, reference: str) -> Interval:
         reference: Name of the denominator.
 
     Returns:
-        The ratio. Its interval leaves out 1 when the two differ by more than copies of the same code do; for two
-        variants of the same code this happens in one run of twenty.
+        The ratio. Its interval excludes 1 when the two differ by more than copies of the same code do. For two variants
+        of the same code this happens in one run of twenty.
     """
     ours, theirs = measured.of[variant], measured.of[reference]
     value = math.exp(mean(ours) - mean(theirs))
@@ -96,9 +96,8 @@ def overhead_ratio(measured: Levels, ours: str, theirs: str, plain: str) -> Inte
         plain: Name of the plain network.
 
     Returns:
-        `(ours / plain - 1) / (theirs / plain - 1)`. Its resolution follows from that of the three levels to first
-        order, and is NaN where the other variant is not slower than the plain network beyond its resolution: a
-        quotient by something that may be zero says nothing.
+        `(ours / plain - 1) / (theirs / plain - 1)`. Its interval follows from that of the three levels to first order.
+        All is NaN if the other variant is not shown to be slower than the plain network: the divisor could be zero.
     """
     a, b = time_ratio(measured, ours, plain), time_ratio(measured, theirs, plain)
     if not b.low > 1:

@@ -1,4 +1,4 @@
-"""Full-size passes: how often one SE layer reads or writes memory as large as its conv's output map."""
+"""Counts full-size passes: reads and writes of memory as large as the output of an SE layer's conv."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NOT_READ = {
     *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
     *("zero_", "zero", "fill_", "fill", "is_same_size", "resize_", "set_"),
 }
-# Operators that hand out memory without writing to it.
+# Operators that return memory without writing to it.
 _NOT_WRITTEN = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
 
 
@@ -137,7 +137,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _elements(tensor: torch.Tensor) -> int:
-    """The elements that a tensor has in memory: a dimension of stride 0 repeats what is there."""
+    """The elements that a tensor has in memory: a dimension of stride 0 only repeats them."""
     count = 1
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if stride != 0 or size == 0:

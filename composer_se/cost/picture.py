@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from composer_se.cost.study import Study
+from composer_se.cost.tables import conditions
 from composer_se.cost.variants import PLAIN
 from composer_se.measure.uncertainty import Interval
 from composer_se.show.pictures import COLOURS, GREY, caption_below, legend_above, new_figure, style
@@ -15,6 +16,12 @@ _STYLES = {
     "composer-se": {"label": "composer-se", "color": COLOURS[0], "marker": "o"},
     "composer": {"label": "Composer's built-in", "color": COLOURS[1], "marker": "s"},
 }
+
+
+_EXPLANATION = (
+    "Across: min_channels, and below it the number of SE layers. Bars: what the run resolves, 95 %; bytes are exact. "
+    "Measured with"
+)
 
 
 def draw(study: Study, path: Path) -> None:
@@ -52,7 +59,7 @@ def draw(study: Study, path: Path) -> None:
     for axis in axes[:, 0]:
         axis.set_ylabel("ratio to plain")
     legend_above(figure, axes.flat[0], f"What Squeeze-and-Excitation costs on {study.network}")
-    caption_below(figure, _caption(study), 125)
+    caption_below(figure, f"{_EXPLANATION} {conditions(study)}; {study.machine}.", 125)
     figure.savefig(path, dpi=120)
 
 
@@ -64,14 +71,3 @@ def _saved(study: Study, code: str) -> list[Interval]:
     plain = study.counts[PLAIN].saved_bytes
     values = [study.counts[v.name].saved_bytes / plain for v in study.variants if v.code == code]
     return [Interval(value, value, value) for value in values]
-
-
-def _caption(study: Study) -> str:
-    settings = study.settings
-    options = ", ".join(f"{key} {value}" for key, value in settings.shared_options().items())
-    where = study.machine.gpu or f"{study.machine.cpu}, {study.machine.threads} threads"
-    return (
-        "Across: min_channels, and below it the number of SE layers. Bars: what the run can resolve, 95 %; bytes are "
-        f"exact. Batch {settings.batch_size} at {settings.image_size}² pixels, {settings.precision}, {where}, "
-        f"torch {study.machine.torch}; {options}."
-    )

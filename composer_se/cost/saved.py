@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps between the forward and the backward pass, exactly."""
+"""Counts the bytes that autograd keeps between the forward and the backward pass."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ __all__ = ["saved_bytes"]
 def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
     """Counts the bytes that `forward` leaves saved for its backward pass.
 
-    Every tensor that autograd saves passes through a hook. What is counted is the whole storage behind it, once: a
-    tensor saved by two operations, or a view of it, costs nothing more. Storages of `exclude` are not counted; give
-    the parameters and the buffers, which exist whether or not there is a backward pass.
+    Every tensor that autograd saves passes through a hook. The hook counts the whole storage behind it once: a tensor
+    saved by two operations, or a view of it, adds nothing. Give parameters and buffers as `exclude`; they exist with or
+    without a backward pass.
 
     Args:
         forward: Runs the forward pass and the loss, with gradients enabled. It is called once, and its result is

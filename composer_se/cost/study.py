@@ -31,18 +31,18 @@ ROUNDS_OF_LAYERS = 5
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how long it takes.
+    """The settings of a study.
 
     Attributes:
         min_channels: Settings to compare.
         squeeze_excite: The other options, the same for all.
-        against_composer: Whether Composer's built-in is measured on the same convs.
+        against_composer: True measures Composer's built-in too, on the same convs.
         batch_size: Images in a training step and in the larger inference batch.
         image_size: Height and width in pixels.
-        device: Where it runs.
+        device: Of networks and images.
         precision: "fp32", "amp_bf16" or "amp_fp16".
         channels_last: Memory format of network and images.
-        compiled: Whether networks go through `torch.compile`.
+        compiled: True runs networks through `torch.compile`.
         instances: Copies of each variant; two at least.
         rounds: Visits to each copy for each kind of step.
         layers: Whether each different SE layer is also measured alone, for the one setting that there then is.
@@ -62,7 +62,7 @@ class Settings:
     layers: bool = False
 
     def shared_options(self) -> dict[str, Any]:
-        """The options that all variants with SE share, those left at None aside."""
+        """The options that all variants with SE share, without those that are None."""
         options = asdict(self.squeeze_excite)
         del options["min_channels"]
         return {name: value for name, value in options.items() if value is not None}
@@ -70,12 +70,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Study:
-    """What was found.
+    """The results of a study.
 
     Attributes:
         network: Name of the network.
-        settings: What was asked.
-        machine: Where it was measured.
+        settings: Its settings.
+        machine: The machine that it was measured on.
         variants: The plain network first.
         notes: A line for each setting that was left out, and one if the machine was busy.
         counts: Per variant.
@@ -118,17 +118,17 @@ class Study:
 
 
 def measure(name: str, network: nn.Module, settings: Settings, progress: Callable[[str, int, int], None]) -> Study:
-    """Measures what SE costs on one network and this machine.
+    """Measures the cost of SE on one network and this machine.
 
-    Counts come first, one variant in memory at a time. Then several instances of every variant are built, in an
-    order drawn by chance, and timed in turns: training steps, inference at batch 1, inference at the given batch. The
+    Counts come first, one variant in memory at a time. Then several instances of every variant are built in random
+    order, and timed in turns: training steps, inference at batch 1, inference at the given batch. The
     optimizer is SGD with a learning rate of 0, so that the last step works on the same weights as the first.
 
     Args:
         name: Name of the network.
         network: The plain network; it is copied, never changed.
-        settings: What to measure.
-        progress: Called as (what is going on, steps done, steps in all).
+        settings: The settings.
+        progress: Called as (a description, steps done, steps in all).
 
     Returns:
         The study.

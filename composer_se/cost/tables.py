@@ -12,20 +12,20 @@ from rich.table import Table
 
 from composer_se.cost.layers import BUILT_IN, NORM, OURS, LayerTimes
 from composer_se.cost.study import Study
-from composer_se.cost.variants import PLAIN
+from composer_se.cost.variants import PLAIN, Variant
 from composer_se.measure.uncertainty import Interval
 from composer_se.show.terminal import new_table
 from composer_se.show.text import to_json
 
-__all__ = ["print_study", "write_json"]
+__all__ = ["conditions", "print_study", "write_json"]
 
 # Broken, so that the tables fit into 80 columns.
 _SETTING = "min_\nchannels"
 
 
 def print_study(study: Study, console: Console) -> None:
-    """Prints what was asked, the exact costs, the timings and, where measured, ours against the built-in."""
-    console.print(f"[bold]{study.network}[/bold]: {_conditions(study)}", highlight=False)
+    """Prints the settings, the exact costs, the timings and, if measured, ours against the built-in."""
+    console.print(f"[bold]{study.network}[/bold]: {conditions(study)}", highlight=False)
     console.print(str(study.machine), highlight=False)
     console.print(_counts_table(study))
     console.print(_times_table(study))
@@ -39,7 +39,7 @@ def print_study(study: Study, console: Console) -> None:
 
 
 def write_json(study: Study, path: Path) -> None:
-    """Writes everything that was found, every timed visit included.
+    """Writes all results, every timed visit included.
 
     Args:
         study: The study.
@@ -48,14 +48,10 @@ def write_json(study: Study, path: Path) -> None:
     path.write_text(to_json(_as_dict(study)))
 
 
-def _conditions(study: Study) -> str:
+def conditions(study: Study) -> str:
+    """The settings of the measurement, in words."""
     settings = study.settings
-    parts = [
-        f"batch {settings.batch_size}",
-        f"{settings.image_size}² pixels",
-        settings.precision,
-        str(settings.device),
-    ]
+    parts = [f"batch {settings.batch_size}", f"{settings.image_size}² pixels", settings.precision, str(settings.device)]
     parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled
     parts += [f"{key} {value}" for key, value in settings.shared_options().items()]
     parts += [f"{settings.instances} instances", f"{settings.rounds} rounds"]
@@ -99,12 +95,10 @@ def _times_table(study: Study) -> Table:
         list(study.seconds),
     )
     for variant in study.variants:
-        cells = []
-        for kind in study.seconds:
-            cell = f"{study.milliseconds(kind, variant.name):.4g} ms"
-            if variant.name != PLAIN:
-                cell += f"\n{study.ratio(kind, variant.name)}"
-            cells.append(cell)
+        cells = [f"{study.milliseconds(kind, variant.name):.4g} ms" for kind in study.seconds]
+        if variant.name != PLAIN:
+            ratios = (study.ratio(kind, variant.name) for kind in study.seconds)
+            cells = [f"{cell}\n{ratio}" for cell, ratio in zip(cells, ratios, strict=True)]
         table.add_row(variant.name, *cells)
     return table
 
@@ -169,50 +163,40 @@ def _as_dict(study: Study) -> dict[str, Any]:
         "device": str(study.settings.device),
         "squeeze_excite": study.settings.shared_options(),
     }
-    rows = []
-    for variant in study.variants:
-        times = {}
-        for kind in study.seconds:
-            entry: dict[str, Any] = {"milliseconds": study.milliseconds(kind, variant.name)}
-            if variant.name != PLAIN:
-                entry["ratio"] = _ratio(study.ratio(kind, variant.name))
-            times[kind] = entry
-        counts = asdict(study.counts[variant.name])
-        plain = asdict(study.counts[PLAIN])
-        exact = ("parameters", "multiply_adds", "saved_bytes", "peak_bytes")
-        rows.append(
-            {
-                "name": variant.name,
-                "code": variant.code,
-                "min_channels": variant.min_channels,
-                "layers": list(variant.layers),
-                **counts,
-                "ratios": {key: counts[key] / plain[key] for key in exact if counts[key] and plain[key]},
-                "times": times,
-            }
-        )
     found: dict[str, Any] = {
         "network": study.network,
         "settings": settings,
         "machine": asdict(study.machine),
         "notes": study.notes,
-        "rows": rows,
+        "rows": [_row(study, variant) for variant in study.variants],
     }
     if study.settings.against_composer:
-        found["against_composer"] = [
-            {
-                "min_channels": setting,
-                **{
-                    kind: dict(zip(("time", "overhead"), map(_ratio, study.against(kind, setting)), strict=True))
-                    for kind in study.seconds
-                },
-            }
-            for setting in _settings_measured(study)
-        ]
+        found["against_composer"] = []
+        for setting in _settings_measured(study):
+            compared = {kind: map(_ratio, study.against(kind, setting)) for kind in study.seconds}
+            shares = {kind: {"time": time, "overhead": overhead} for kind, (time, overhead) in compared.items()}
+            found["against_composer"].append({"min_channels": setting, **shares})
     if study.layers is not None:
         found["layers"] = _layers_as_dict(study.layers)
-    found["seconds"] = study.seconds
-    return found
+    return found | {"seconds": study.seconds}
+
+
+def _row(study: Study, variant: Variant) -> dict[str, Any]:
+    counts, plain = asdict(study.counts[variant.name]), asdict(study.counts[PLAIN])
+    exact = ("parameters", "multiply_adds", "saved_bytes", "peak_bytes")
+    times: dict[str, Any] = {kind: {"milliseconds": study.milliseconds(kind, variant.name)} for kind in study.seconds}
+    if variant.name != PLAIN:
+        for kind, entry in times.items():
+            entry["ratio"] = _ratio(study.ratio(kind, variant.name))
+    return {
+        "name": variant.name,
+        "code": variant.code,
+        "min_channels": variant.min_channels,
+        "layers": list(variant.layers),
+        **counts,
+        "ratios": {key: counts[key] / plain[key] for key in exact if counts[key] and plain[key]},
+        "times": times,
+    }
 
 
 def _layers_as_dict(times: LayerTimes) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The variants of one network that are measured side by side."""
+"""Makes the variants of one network that are compared."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def make_variants(
     Args:
         network: The plain network. It is copied, never changed.
         min_channels: Settings of `apply_squeeze_excite`, one variant each.
-        squeeze_excite: Its options; `min_channels` among them gives way to the settings.
-        against_composer: Whether to add Composer's built-in, with the convs and widths of each of ours.
+        squeeze_excite: Its other options.
+        against_composer: True adds Composer's built-in, with the convs and widths of each of ours.
 
     Returns:
         The variants, the plain network first, and a line for each setting that was left out because no conv

@@ -1,1 +1,1 @@
-"""What the gates of Squeeze-and-Excitation do: observed in a network, analysed per class, drawn and tabulated."""
+"""Observes the gates of Squeeze-and-Excitation, analyses them by class, draws and tabulates them."""

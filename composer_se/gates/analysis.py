@@ -1,4 +1,4 @@
-"""What gates do per class, and what the accuracy loses without them.
+"""Analyses gates by class, and the accuracy that is lost without them.
 
 After section 6.4 of Squeeze-and-Excitation Networks (Hu et al., https://arxiv.org/abs/1709.01507): gates of shallow
 layers are much the same for all classes, those of deep ones depend on the class, and those of the last may do nothing.
@@ -35,7 +35,7 @@ class Ablation:
 
     @property
     def harmless(self) -> bool:
-        """Whether these images show no loss of accuracy."""
+        """Says that these images show no loss of accuracy."""
         return not self.change.high < 0
 
 
@@ -94,7 +94,7 @@ def analyse(
     Args:
         network: In evaluation mode. It has the same weights and no hooks afterwards.
         batches: Yields (images, labels), labels being class numbers; gone through twice.
-        advance: Called with what is being done, how many batches are done, and of how many (0: unknown).
+        advance: Called with the task, the batches done, and their number (0 if unknown).
 
     Returns:
         The analysis.

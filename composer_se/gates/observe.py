@@ -23,7 +23,7 @@ _WRAPPERS = re.compile(r"^(module\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mo
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """What the gates of one layer did over a set of samples.
+    """The gates of one layer over a set of samples.
 
     Attributes:
         mean: Over samples and channels.
@@ -67,12 +67,12 @@ def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None
 
 
 def sums_size(block: SqueezeExcite2d) -> int:
-    """How many numbers `gate_sums` returns for the logits of a block."""
+    """The length of what `gate_sums` returns for the logits of a block."""
     return 3 + 2 * _last_linear(block).out_features
 
 
 def gate_terms(logits: Tensor) -> Tensor:
-    """What each sample adds to the sums from which `describe` computes its statistics.
+    """The terms that each sample adds to the sums behind `describe`.
 
     Args:
         logits: Logits of the gates, (..., C).

@@ -1,1 +1,1 @@
-"""Timing code fairly and saying how sure the result is: what `composer-se cost` and `composer-se compare` share."""
+"""Fair timing and confidence intervals, shared by `composer-se cost` and `composer-se compare`."""

@@ -14,7 +14,7 @@ __all__ = ["Machine", "describe_machine"]
 
 @dataclass(frozen=True)
 class Machine:
-    """What a reader needs to judge a timing.
+    """The facts that a reader needs to judge a timing.
 
     Attributes:
         cpu: Model name of the processor.
@@ -23,8 +23,8 @@ class Machine:
         gpu: Name of the GPU that was measured, or None.
         torch: Version of torch, with its build.
         system: Operating system and Python.
-        load: Load average over the minute before the measurement began, or None where the system has none: 0 on a quiet
-            machine; other programs distort what is timed beside them.
+        load: Load average over the minute before the measurement, or None if the system has none. 0 on a quiet machine;
+            other programs distort timings.
     """
 
     cpu: str

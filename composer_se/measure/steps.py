@@ -32,8 +32,8 @@ def image_batch(
         network: The network that will see the batch.
         batch_size: Images.
         image_size: Height and width in pixels.
-        device: Where the batch lives.
-        channels_last: Whether the images are laid out channels last.
+        device: Of the batch.
+        channels_last: True for images in channels_last.
 
     Returns:
         Images (N, C, H, W) and targets (N,): whole numbers that `loss_of` folds into the network's classes.

@@ -1,4 +1,4 @@
-"""Timing many instances of many variants so that position and drift favour none of them."""
+"""Times many instances of many variants in random order, so that drift favours none of them."""
 
 from __future__ import annotations
 
@@ -17,21 +17,20 @@ LEAST_STEPS, MOST_STEPS = 3, 100
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what it was given; a no-op on the CPU, which never lags behind."""
+    """Waits until the device has finished its work. Does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def steps_per_visit(seconds_per_step: float) -> tuple[int, int]:
-    """How many steps of a visit go untimed, and how many are then timed.
+    """The numbers of untimed and of timed steps of a visit.
 
     Args:
-        seconds_per_step: About how long one step takes.
+        seconds_per_step: The approximate time of a step.
 
     Returns:
-        `(untimed, timed)`: about a second of timed steps, three at least; a quarter of them before that untimed, two at
-        least, since the first steps after another variant pay for memory that the allocator gave back to the system
-        (a page-faulted pass costs ten times the arithmetic).
+        `(untimed, timed)`: about a second of timed steps, at least three, after a quarter as many untimed ones, at
+        least two. The first steps after another variant are slow: they fault in memory that the allocator gave back.
     """
     timed = min(MOST_STEPS, max(LEAST_STEPS, round(VISIT_SECONDS / max(seconds_per_step, 1e-9))))
     return max(2, timed // 4), timed
@@ -46,14 +45,14 @@ def time_in_turns(
     leave: Callable[[str, int], None],
     visited: Callable[[], None],
 ) -> dict[str, list[list[float]]]:
-    """Times one step of every instance of every variant, once a round, in an order drawn anew for each round.
+    """Times one step of every instance of every variant, once a round, in random order.
 
     Args:
         steps: Per variant, per instance, a function that does one step.
         rounds: Visits to every instance.
-        device: Where the steps run; it is waited for before and after each timed step.
+        device: Of the steps. The clock waits for it before and after each timed step.
         seed: Of the order.
-        leave: Called with variant and instance after each visit, to drop what the visit left (gradients).
+        leave: Called with variant and instance after each visit, to free what the visit left (gradients).
         visited: Called after each visit.
 
     Returns:

@@ -18,7 +18,7 @@ class Interval:
 
     Attributes:
         value: The number.
-        low: Lower end of the interval. NaN where there is nothing to judge the spread by.
+        low: Lower end of the interval. NaN if the spread is unknown.
         high: Upper end, likewise.
     """
 
@@ -28,11 +28,11 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """Half the interval; the upper half where the two differ, as they do for ratios of logarithms."""
+        """The upper half of the interval. The halves differ for intervals of logarithms."""
         return self.high - self.value
 
     def excludes(self, value: float) -> bool:
-        """Whether the interval lies on one side of a value. An unknown interval excludes nothing."""
+        """Says that the interval lies on one side of a value. An unknown interval excludes nothing."""
         return self.low > value or self.high < value
 
     def with_spread(self, separator: str = " ") -> str:
@@ -41,7 +41,7 @@ class Interval:
         return f"{self.value:.{digits}f}{separator}±{self.half_width:.{digits}f}"
 
     def __str__(self) -> str:
-        """The number as a ratio, which is 1 where there is no difference."""
+        """The number as a ratio; 1 is no difference."""
         if math.isnan(self.half_width):
             return "not resolved"
         shown = self.with_spread()
@@ -62,8 +62,8 @@ def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """The mean of `ours` over the mean of `theirs`.
 
-    The interval is that of the linearised ratio (the delta method) over the pairs. What both members of a pair share,
-    such as the state of the machine, cancels.
+    The interval is that of the linearised ratio (the delta method) over the pairs. The state of the machine, which both
+    members of a pair share, cancels.
     """
     ratio = mean(ours) / mean(theirs)
     return _around(ratio, [(a - ratio * b) / mean(theirs) for a, b in zip(ours, theirs, strict=True)])

@@ -129,10 +129,10 @@ def _convert(value: Any, hint: Any) -> Any:
             return value
         raise ValueError
     plain = origin or hint
-    if plain in _SCALARS:
-        return _SCALARS[plain](value)
+    if plain in (bool, int, float, str, type(None)):
+        return _convert_scalar(value, plain)
     if plain is Path:
-        return Path(_to_str(value))
+        return Path(_convert_scalar(value, str))
     if plain in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
         return _convert_sequence(value, plain, typing.get_args(hint))
     if plain in (dict, collections.abc.Mapping):
@@ -182,52 +182,20 @@ def _convert_sequence(value: Any, plain: Any, arms: tuple[Any, ...]) -> Any:
     return tuple(items) if plain is tuple else items
 
 
-def _to_bool(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError
-
-
-def _to_int(value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError
-    if isinstance(value, int):
-        return value
-    if isinstance(value, (float, str)):
-        number = float(value)
-        if number.is_integer():
+def _convert_scalar(value: Any, scalar: type) -> Any:
+    if scalar in (bool, type(None)):
+        if isinstance(value, scalar):
+            return value
+    elif not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        if scalar is str:
+            return str(value)
+        # An int is a float to Python's type system, and 64 may mean another thing than 64.0.
+        number = value if isinstance(value, int) else float(value)
+        if scalar is int and float(number).is_integer():
             return int(number)
+        if scalar is float and math.isfinite(number):
+            return number
     raise ValueError
-
-
-def _to_float(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError
-    if isinstance(value, int):
-        return value  # an int is a float to Python's type system, and 64 may mean another thing than 64.0
-    if not math.isfinite(float(value)):
-        raise ValueError
-    return float(value)
-
-
-def _to_str(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise ValueError
-    return str(value)
-
-
-def _to_none(value: Any) -> None:
-    if value is not None:
-        raise ValueError
-
-
-_SCALARS: dict[Any, Callable[[Any], Any]] = {
-    bool: _to_bool,
-    int: _to_int,
-    float: _to_float,
-    str: _to_str,
-    type(None): _to_none,
-}
 
 
 def _spell(hint: Any) -> str:

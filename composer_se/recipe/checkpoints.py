@@ -95,7 +95,7 @@ def _newest_whole(folder: Path, but: str = "") -> Path | None:
 
 
 def _find_fault(checkpoint: Path) -> str | None:
-    """What is wrong with a file that `torch.save` wrote; None when it is whole."""
+    """Reads a file that `torch.save` wrote in full. Returns its fault, or None when it is whole."""
     try:
         with zipfile.ZipFile(checkpoint) as records:
             garbled = records.testzip()
@@ -154,7 +154,7 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
-    """What `torch.save(model.state_dict(), ...)` wrote; None for a checkpoint of Composer's, which the Trainer loads.
+    """Reads a file of `torch.save(model.state_dict(), ...)`. Returns None for a checkpoint: the Trainer loads it.
 
     Raises:
         UserError: The file is neither.
@@ -181,10 +181,10 @@ class LoadedWeights(Algorithm):
     An algorithm, since Composer's callbacks have their turn before the network is changed or after it is distributed.
 
     Args:
-        weights: The state dict of the network, from before its layers were replaced or after.
-        path: Where it came from, for the messages.
-        strict: Whether every weight of the network must be there, and no other.
-        ignored: Patterns of the names in it that are left alone.
+        weights: The state dict, saved before or after the surgery.
+        path: Its file, for the messages.
+        strict: Refuse weights that are missing or left over.
+        ignored: Patterns of names to leave out.
 
     Raises:
         UserError: It doesn't fit the network.

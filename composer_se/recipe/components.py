@@ -1,34 +1,40 @@
-"""Which class a component's name stands for: everything public in Composer, torch's optimizers, and ours."""
+"""Finds a component's class by its name: all public classes of Composer, torch's optimizers, and ours."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Iterable
 from types import ModuleType
 
+import composer.algorithms
+import composer.callbacks
+import composer.loggers
+import composer.optim
+import torch.optim
+from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExcite as ComposerSqueezeExcite
+from composer.core import Algorithm, Callback
+
+from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError, did_you_mean
+from composer_se.gate_monitor import GateMonitor
 
 __all__ = ["components", "resolve"]
 
 # Ours come first, in place of Composer's of the same name, which stays within reach for comparisons.
 _OURS = {
-    "algorithms": {
-        "squeeze_excite": "composer_se.algorithm:SqueezeExcite",
-        "composer_squeeze_excite": "composer.algorithms.squeeze_excite.squeeze_excite:SqueezeExcite",
-    },
-    "callbacks": {"gate_monitor": "composer_se.gate_monitor:GateMonitor"},
+    "algorithms": {"squeeze_excite": SqueezeExcite, "composer_squeeze_excite": ComposerSqueezeExcite},
+    "callbacks": {"gate_monitor": GateMonitor},
 }
 
-# Where the public classes of a section live, and their common base.
+# The modules that hold the public classes of a section, and the classes' common base.
 _SOURCES = {
-    "algorithms": (("composer.algorithms",), "composer.core:Algorithm"),
-    "callbacks": (("composer.callbacks",), "composer.core:Callback"),
-    "loggers": (("composer.loggers",), "composer.loggers:LoggerDestination"),
-    "optimizer": (("torch.optim", "composer.optim"), "torch.optim:Optimizer"),
-    "scheduler": (("composer.optim",), "composer.optim:ComposerScheduler"),
+    "algorithms": ((composer.algorithms,), Algorithm),
+    "callbacks": ((composer.callbacks,), Callback),
+    "loggers": ((composer.loggers,), composer.loggers.LoggerDestination),
+    "optimizer": ((torch.optim, composer.optim), torch.optim.Optimizer),
+    "scheduler": ((composer.optim,), composer.optim.ComposerScheduler),
 }
 
 # A recipe may leave out what the section already says: `wandb` for `wandb_logger`.
@@ -46,15 +52,13 @@ def components(section: str) -> dict[str, type]:
         Name to class. The name is Composer's own spelling where the class has a module to itself (`randaugment`,
         `ghost_batchnorm`), else the class's name in snake_case.
     """
-    modules, base_path = _SOURCES[section]
-    base = _import(base_path)
+    modules, base = _SOURCES[section]
     found: dict[str, type] = {}
-    for module in map(importlib.import_module, modules):
+    for module in modules:
         for cls in _public_classes(module):
             if issubclass(cls, base) and cls is not base:
                 found[_canonical_name(cls, section)] = cls
-    found.update({name: _import(path) for name, path in _OURS.get(section, {}).items()})
-    return found
+    return found | _OURS.get(section, {})
 
 
 def resolve(section: str, name: str, path: str) -> type:
@@ -80,11 +84,6 @@ def resolve(section: str, name: str, path: str) -> type:
         hint = "; every number is in RUN_FOLDER/metrics.jsonl without any logger" if section == "loggers" else ""
         raise UserError(f"{path}: unknown {singular} {name!r}{did_you_mean(name, known)}{hint}")
     return by_spelling[wanted]
-
-
-def _import(path: str) -> type:
-    module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _public_classes(module: ModuleType) -> Iterable[type]:

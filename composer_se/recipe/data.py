@@ -34,7 +34,7 @@ class DataSet:
 
     Attributes:
         open: Makes a split, called with `train` and the arguments that the recipe gives.
-        layout: What it reads, for the reference page.
+        layout: The files that it reads, for the reference page.
         image_size: Height and width in pixels of what a network gets; None where the argument `image_size` says it.
         find_fault: Called with `train` and the recipe's arguments before anything is built. Returns the argument that
             is wrong and what is wrong with it, or None.
@@ -96,8 +96,8 @@ def fashion_mnist(train: bool, root: str = "data", padding: int = 4) -> Images:
     """Fashion-MNIST: 60,000 and 10,000 images of clothing, 28×28, grey, 10 classes.
 
     Args:
-        train: Which of the two splits.
-        root: Where the data is or will be downloaded to.
+        train: The training images, or the held-out ones.
+        root: The folder that holds the data, or that they are downloaded to.
         padding: Pixels on each side of the training images from which crops are drawn; 0 for no crops.
 
     Raises:
@@ -119,8 +119,8 @@ def cifar10(train: bool, root: str = "data") -> Images:
     """CIFAR-10: 50,000 and 10,000 images, 32×32, 10 classes.
 
     Args:
-        train: Which of the two splits.
-        root: Where the data is or will be downloaded to.
+        train: The training images, or the held-out ones.
+        root: The folder that holds the data, or that they are downloaded to.
     """
     return _cifar("CIFAR10", train, root, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
@@ -129,8 +129,8 @@ def cifar100(train: bool, root: str = "data") -> Images:
     """CIFAR-100: 50,000 and 10,000 images, 32×32, 100 classes.
 
     Args:
-        train: Which of the two splits.
-        root: Where the data is or will be downloaded to.
+        train: The training images, or the held-out ones.
+        root: The folder that holds the data, or that they are downloaded to.
     """
     return _cifar("CIFAR100", train, root, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
@@ -163,9 +163,9 @@ def streaming(
     """Images streamed from object storage, augmented as those of `imagenet`.
 
     Args:
-        train: Whether to shuffle and augment.
-        remote: Where the shards are, such as `s3://bucket/folder`. None: all of them are in `local`.
-        local: Where each node keeps the shards it fetched.
+        train: Augment the images.
+        remote: Place of the shards, such as `s3://bucket/folder`. None: all of them are in `local`.
+        local: Folder in which each node keeps the shards it fetched.
         split: Subfolder of both.
         image_size: Height and width of the crops.
         cache_limit: The most that `local` may hold, such as `100gb`. None: no limit.
@@ -225,14 +225,16 @@ def _no_streaming(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] 
 _DOWNLOADED = "downloaded to `root` unless it is there, in torchvision's layout"
 
 DATASETS = {
-    "digits": DataSet(digits, "nothing: scikit-learn brings it along", 8),
+    "digits": DataSet(digits, "none, scikit-learn brings the images along", 8),
     "fashion_mnist": DataSet(
         fashion_mnist, f"{_DOWNLOADED}; or a folder with the four original `*-ubyte.gz` files themselves", 28
     ),
     "cifar10": DataSet(cifar10, _DOWNLOADED, 32),
     "cifar100": DataSet(cifar100, _DOWNLOADED, 32),
     "imagenet": DataSet(
-        imagenet, "`root/train/CLASS/*` and `root/val/CLASS/*`, image files of any size", find_fault=_no_such_folder
+        imagenet,
+        "`root/train/CLASS/*` and `root/val/CLASS/*`, images of any size; classes are numbered by name",
+        find_fault=_no_such_folder,
     ),
     "streaming": DataSet(
         streaming,
@@ -240,7 +242,7 @@ DATASETS = {
         "needs `pip install 'composer-se[streaming]'`",
         find_fault=_no_streaming,
     ),
-    "synthetic": DataSet(synthetic, "nothing: made up in memory"),
+    "synthetic": DataSet(synthetic, "none, made up in memory"),
 }
 
 

@@ -1,15 +1,18 @@
-"""What the processes of a run tell each other: only rank zero must see the disk."""
+"""The processes of a run agree on their threads, on what rank zero reads from the disk, and on batch norm."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from composer_se.errors import UserError
+from composer_se.launch import threads_for
+from composer_se.recipe.data import image_size
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["SameBuffers", "from_rank_zero", "join_processes"]
@@ -18,7 +21,11 @@ T = TypeVar("T")
 
 
 def join_processes(recipe: Recipe) -> None:
-    """Lets the processes of a launch talk to each other; a single process has nobody to talk to."""
+    """Gives this process its threads, and lets the processes of a launch talk to each other."""
+    batch = recipe.train_batch_size // dist.get_world_size()
+    threads = threads_for(batch * image_size(recipe.train_dataset) ** 2)
+    if threads is not None:
+        torch.set_num_threads(threads)
     if dist.get_world_size() > 1:
         dist.initialize_dist(recipe.device, recipe.dist_timeout)
 

@@ -20,8 +20,8 @@ __all__ = ["as_yaml", "find_recipe", "load_recipe", "shipped_recipes"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# What PyYAML's and OmegaConf's constructors raise, beside errors of their own, for values such as `2024-13-45`,
-# `!!bool maybe` or lists nested a thousand deep.
+# PyYAML and OmegaConf raise these, beside errors of their own, for values such as `2024-13-45`, `!!bool maybe` or lists
+# nested a thousand deep.
 _PARSER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, RecursionError)
 
 _TYPES = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}

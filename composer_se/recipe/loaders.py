@@ -45,7 +45,7 @@ class Split(Protocol):
             seed: Of shuffling and augmentation. The same on all processes.
             train: Shuffle, augment by epoch, and drop the samples that fill no batch.
             num_workers: Worker processes per training process. None leaves the choice to the data set.
-            pin_memory: Whether batches go to a GPU.
+            pin_memory: The batches go to a GPU.
         """
         ...
 
@@ -56,8 +56,8 @@ class Images:
 
     Attributes:
         images: A map-style data set of (image, label) without transforms.
-        transform: What makes a tensor of an image; None where the images are tensors.
-        needs_workers: Whether reading an image costs enough to be worth processes of its own.
+        transform: Makes a tensor of an image; None where the images are tensors.
+        needs_workers: Reading an image takes so long that processes of its own pay.
         classes: The names of the classes.
     """
 
@@ -72,23 +72,15 @@ class Images:
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
         """Makes the loader; see `Split`."""
-        if num_workers is None:
-            num_workers = _spare_cores() if self.needs_workers else 0
+        if num_workers is None and not self.needs_workers:
+            num_workers = 0
         images = SeededImages(self.images, self.transform, seed)
         if train:
             world_size, rank = dist.get_world_size(), dist.get_global_rank()
             sampler: Any = EpochIndexSampler(images, world_size, rank, shuffle=True, seed=seed, drop_last=True)
         else:
             sampler = dist.get_sampler(images, shuffle=False, drop_last=False)
-        return DataLoader(
-            images,
-            batch_size=batch_size // dist.get_world_size(),
-            sampler=sampler,
-            num_workers=num_workers,
-            drop_last=train,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-        )
+        return DataLoader(images, sampler=sampler, **_options(batch_size, train, num_workers, pin_memory))
 
 
 @dataclass(frozen=True)
@@ -121,17 +113,9 @@ class StreamedImages:
                     _seed_all(self.shuffle_seed, max(0, self.next_epoch - 1), int(at))
                     return super().__getitem__(at)
 
-        num_workers = _spare_cores() if num_workers is None else num_workers
-        batch_size //= dist.get_world_size()
-        images = SeededStream(shuffle=train, shuffle_seed=seed, batch_size=batch_size, **self.options)
-        return StreamingDataLoader(
-            images,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            drop_last=train,
-            pin_memory=pin_memory,
-            persistent_workers=num_workers > 0,
-        )
+        options = _options(batch_size, train, num_workers, pin_memory)
+        images = SeededStream(shuffle=train, shuffle_seed=seed, batch_size=options["batch_size"], **self.options)
+        return StreamingDataLoader(images, **options)
 
 
 class SeededImages(VisionDataset):
@@ -196,6 +180,14 @@ def _seed_all(*entropy: int) -> None:
     random.seed(int(words[0]))
 
 
-def _spare_cores() -> int:
-    """The cores of this process but one for training itself, at most 16."""
-    return min(16, max(1, available_cores() - 1))
+def _options(batch_size: int, train: bool, num_workers: int | None, pin_memory: bool) -> dict[str, Any]:
+    """The arguments of every loader. By default all cores of this process but one read images, at most 16."""
+    if num_workers is None:
+        num_workers = min(16, max(1, available_cores() - 1))
+    return {
+        "batch_size": batch_size // dist.get_world_size(),
+        "num_workers": num_workers,
+        "drop_last": train,
+        "pin_memory": pin_memory,
+        "persistent_workers": num_workers > 0,
+    }

@@ -17,7 +17,7 @@ from composer_se.files import replace_file, writing
 __all__ = ["MetricsFile"]
 
 
-# What Composer logs of the position at the start of a batch; each line has the position at its end.
+# Composer logs the position at the start of a batch; each line has the position at its end.
 _POSITION = frozenset(
     f"time/{unit}"
     for unit in ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
@@ -36,7 +36,7 @@ class MetricsFile(LoggerDestination):
 
     Attributes:
         latest: The last value of every number.
-        hyperparameters: What the Trainer and its algorithms told of themselves.
+        hyperparameters: Logged by the Trainer and its algorithms.
     """
 
     def __init__(self, path: Path) -> None:

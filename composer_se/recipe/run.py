@@ -1,4 +1,4 @@
-"""One training run, from a checked recipe to the table at its end."""
+"""One training run, from a recipe to the summary at its end."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import Any
 
 from composer import Callback, Trainer
 from composer.utils import dist
-from rich.console import Console
-from rich.table import Table
 
 from composer_se.errors import UserError, one_line
 from composer_se.launch import say
@@ -30,21 +28,14 @@ from composer_se.recipe.metrics import MetricsFile
 from composer_se.recipe.run_folder import check_unchanged, metrics_file, read_finished, write_recipe, write_summary
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
-from composer_se.recipe.validate import RunPlan, make_plan
-from composer_se.show.text import duration
+from composer_se.recipe.validate import RunPlan, make_plan, squeeze_excite_options
 
-__all__ = ["exit_code_of", "print_summary", "train"]
+__all__ = ["exit_code_of", "train"]
 
-# Of all that is logged, what the summary holds, and what its table calls it.
+# The summary holds these of all metrics.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
-_WORDS = {
-    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
-    "metrics/eval/CrossEntropy": "held-out cross entropy",
-    "loss/train/total": "last training loss",
-    "throughput/samples_per_sec": "images per second",
-}
 
-# What shells report of SIGINT and SIGTERM, and what Composer's handlers exit with.
+# Exit codes of Composer's handlers for SIGINT and SIGTERM; shells report the same.
 _INTERRUPTED = (130, 143)
 
 
@@ -87,8 +78,8 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
     """Does work that trains, and tells a signal from a failure.
 
     Args:
-        work: What to do.
-        folder: Where it writes, for the complaint.
+        work: Called without arguments.
+        folder: It writes there; for the complaint.
 
     Returns:
         0 when it came to its end, 130 or 143 when SIGINT or SIGTERM came before.
@@ -110,32 +101,8 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
     return 0
 
 
-def print_summary(summary: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the summary of a complete run as a table that fits 80 columns.
-
-    Args:
-        summary: As `summary.json` holds it.
-        console: Where to. Default: stdout.
-    """
-    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
-    table = Table(title=f"{summary['run_name']}: {length}", show_header=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(justify="right", overflow="fold")
-    for name, value in summary["metrics"].items():
-        if name in _WORDS:
-            table.add_row(_WORDS[name], _format(name, value))
-    total, added = summary["parameters"], summary["squeeze_excite_parameters"]
-    table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
-    table.add_row("parameters", f"{total:,}")
-    share = f" (+{added / (total - added):.2%})" if added else ""
-    table.add_row("of these added by SE", f"{added:,}{share}")
-    table.add_row("wall time", duration(summary["wall_seconds"]))
-    table.add_row("folder", summary["run_folder"])
-    (console or Console()).print(table)
-
-
 def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Whether there is something to train: the summary of the run if it is complete already. For rank zero.
+    """Returns the summary of the run if it is complete already. For rank zero.
 
     Raises:
         UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.
@@ -160,18 +127,17 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
-    loading = []
+    if squeeze_excite_options(recipe) is not None:  # our blocks take the place of the built-in's
+        options["load_exclude_algorithms"] = [*(recipe.load_exclude_algorithms or ()), "SqueezeExcite"]
     if weights is not None:
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
-        loading = [LoadedWeights(weights, str(recipe.load_path), strict, ignored)]
+        parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))
         options["load_path"] = None
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
         trainer = make_trainer(
-            plan,
             parts,
-            loading,
             eval_dataloader=parts.eval_loader,
             callbacks=[*own_callbacks, *callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
@@ -210,7 +176,7 @@ def _remove(new_folders: list[Path]) -> None:
 
 
 def _is_trained(trainer: Trainer) -> bool:
-    """Whether the checkpoint is that of the last step: the run was stopped in its last evaluation."""
+    """True when the checkpoint is that of the last step: the run was stopped in its last evaluation."""
     end = trainer.state.max_duration
     return end is not None and trainer.state.timestamp.get(end.unit) >= end
 
@@ -243,15 +209,3 @@ def _interruption_behind(error: BaseException | None) -> int | None:
             return int(error.code)
         error = error.__context__
     return None
-
-
-def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    if name.endswith("Accuracy"):
-        return f"{value:.2%}"
-    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"

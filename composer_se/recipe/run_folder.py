@@ -71,7 +71,7 @@ def check_unchanged(recipe: Recipe) -> None:
 
 
 def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Sequence[str]) -> str:
-    """What makes a recipe another one.
+    """Lists the differences that make a recipe another one.
 
     Args:
         stored: The recipe before, as nested mappings.
@@ -100,7 +100,7 @@ def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
 
 
 def _is_under_way(recipe: Recipe) -> bool:
-    """Whether the run is complete or may have a checkpoint, here or where this recipe would look for one."""
+    """True when the run is complete or may have a checkpoint, here or where this recipe would look for one."""
     if "://" in recipe.save_folder or (Path(recipe.run_folder) / "summary.json").is_file():
         return True
     checkpoint = "latest-rank*.pt"

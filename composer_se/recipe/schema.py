@@ -1,4 +1,4 @@
-"""The keys of a recipe: their types, defaults and meaning, and what the rest of the package has to know of each."""
+"""The keys of a recipe: type, default, meaning, and the facts that the rest of the package needs of each."""
 
 # ruff: noqa: RUF009 - `_key` makes a new field at each call.
 
@@ -21,7 +21,7 @@ COMPONENT_SECTIONS = ("algorithms", "callbacks", "loggers")
 # Arguments of a data set that change where and how fast images are read, and not the images.
 _READING = ("num_workers", "root")
 
-# What there is to know of a key. A key with neither `resume` nor `free` decides which weights come out.
+# Facts about keys. A key with neither `resume` nor `free` changes the trained weights.
 _FACTS = {
     "trainer",  # goes to `composer.Trainer` under its name
     "speed",  # the time of a training step depends on it
@@ -103,7 +103,7 @@ class Recipe:
     load_ignore_keys: list[str] | None = _key(None, "patterns of names in `load_path` to leave out", "trainer resume")
     load_exclude_algorithms: list[str] | None = _key(None, "the checkpoint's algorithms not to add", "trainer resume")
 
-    # What the terminal shows.
+    # Output on the terminal.
     progress_bar: bool = _key(True, "show a progress bar", "trainer free")
     log_to_console: bool = _key(False, "print metrics", "trainer free")
     console_log_interval: int | str = _key("1ba", "how often to print them", "trainer free")

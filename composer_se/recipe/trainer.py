@@ -1,4 +1,4 @@
-"""Makes what a run trains out of its plan, and puts it into Composer's Trainer: for `train`, `compare` and `gates`."""
+"""Builds the parts of a run and puts them into Composer's Trainer: for `train`, `compare` and `gates`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import gc
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from composer_se.recipe.validate import Component, DataPlan, RunPlan
 
 __all__ = [
     "Parts",
+    "build_algorithms",
     "build_loader",
     "build_parts",
     "count_outputs",
@@ -41,48 +42,55 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Parts:
-    """What a run trains, before any algorithm changed it.
+    """The parts of a Trainer, before any algorithm has changed the network.
 
     Attributes:
         network: With the same initial weights for a seed, whatever the algorithms.
         num_classes: The number of its outputs.
+        algorithms: The recipe's.
         optimizer: Of the network's parameters; None where nothing is trained.
+        scheduler: Of its learning rate, or None.
         train_loader: This process's share of the training data; None where nothing is trained.
         eval_loader: Its share of the held-out data, or None.
     """
 
     network: nn.Module
     num_classes: int
+    algorithms: list[Algorithm]
     optimizer: Optimizer | None = None
+    scheduler: Callable[..., float] | None = None
     train_loader: DataLoader | None = None
     eval_loader: DataLoader | None = None
 
 
 def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
-    """Seeds the random generators and builds.
+    """Seeds the random generators and builds: first what costs nothing.
 
     Raises:
         UserError: A component rejects a value, the data can't be read, or network and data don't fit.
     """
+    algorithms = build_algorithms(plan)
+    scheduler = _build_scheduler(plan.scheduler) if plan.scheduler else None
     reproducibility.seed_all(recipe.seed)  # the same initial weights on every rank
     network = plan.model.build()
     optimizer = plan.optimizer.build(network.parameters())
     pin_memory = torch.cuda.is_available() and recipe.device in (None, "gpu")
+    eval_loader = None
     with dist.run_local_rank_zero_first():  # so that one process of each node downloads
         split = plan.train_data.images.build(train=True)
         train_loader = build_loader(plan.train_data, split, recipe.train_batch_size, recipe.seed, True, pin_memory)
-        eval_loader = None
+        splits = {"train_dataset": split}
         if plan.eval_data:
-            held_out = plan.eval_data.images.build(train=False)
-            if plan.eval_data.images.target is plan.train_data.images.target:
-                _check_same_classes(split, held_out)
-            eval_loader = build_loader(plan.eval_data, held_out, recipe.eval_batch_size, recipe.seed, False, pin_memory)
+            split = splits["eval_dataset"] = plan.eval_data.images.build(train=False)
+            eval_loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, pin_memory)
     if len(train_loader) == 0:
         raise UserError(
             f"train_batch_size: the training data has fewer than {recipe.train_batch_size} images; "
             "set a smaller train_batch_size"
         )
-    return Parts(network, count_outputs(network, plan, split), optimizer, train_loader, eval_loader)
+    outputs = count_outputs(network, plan, splits["train_dataset"])
+    _check_classes(outputs, recipe.model["name"], splits)
+    return Parts(network, outputs, algorithms, optimizer, scheduler, train_loader, eval_loader)
 
 
 def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train: bool, pin_memory: bool) -> DataLoader:
@@ -92,6 +100,29 @@ def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train
         UserError: The data set rejects a value.
     """
     return construct(split.loader, data.images.path, batch_size, seed, train, data.num_workers, pin_memory)
+
+
+def build_algorithms(plan: RunPlan) -> list[Algorithm]:
+    """The algorithms of a recipe. Their complaints about the network, once a Trainer is made, name their keys."""
+    return [_build_algorithm(component) for component in plan.algorithms]
+
+
+def count_outputs(network: nn.Module, plan: RunPlan, split: Split) -> int:
+    """The number of the network's outputs for an image of the split.
+
+    Raises:
+        UserError: The network does not take the image, or there is none yet and the network doesn't say the number.
+    """
+    name = getattr(plan.model.target, "__name__", "the network")
+    image = split.example()
+    if image is not None:
+        return try_network(network, image, name)
+    parameter = inspect.signature(plan.model.target).parameters.get("num_classes")
+    said = plan.model.arguments.get("num_classes", parameter and parameter.default)
+    outputs = getattr(network, "num_classes", said)
+    if not isinstance(outputs, int):
+        raise UserError(f"model: {name} doesn't say how many classes it has; give it an attribute num_classes")
+    return outputs
 
 
 def try_network(network: nn.Module, image: Tensor, name: str) -> int:
@@ -127,13 +158,11 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
     return outputs.shape[1]
 
 
-def make_trainer(plan: RunPlan, parts: Parts, more: Sequence[Algorithm] = (), **options: Any) -> composer.Trainer:
-    """Puts the parts of a run into a Trainer, with the algorithms and the scheduler of its recipe.
+def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
+    """Puts the parts of a run into a Trainer.
 
     Args:
-        plan: The run's.
-        parts: What it trains.
-        more: Algorithms to apply behind those of the recipe.
+        parts: The network, and whatever else is needed to train it.
         **options: The Trainer's other arguments.
 
     Raises:
@@ -143,8 +172,8 @@ def make_trainer(plan: RunPlan, parts: Parts, more: Sequence[Algorithm] = (), **
         model=ComposerClassifier(parts.network, num_classes=parts.num_classes),
         train_dataloader=parts.train_loader,
         optimizers=parts.optimizer,
-        schedulers=_build_scheduler(plan.scheduler) if plan.scheduler and parts.optimizer else None,
-        algorithms=[*map(_build_algorithm, plan.algorithms), *more],
+        schedulers=parts.scheduler,
+        algorithms=parts.algorithms,
         **options,
     )
 
@@ -205,40 +234,30 @@ def _build_scheduler(component: Component) -> Callable[..., float]:
     return named_scheduler
 
 
-def count_outputs(network: nn.Module, plan: RunPlan, split: Split) -> int:
-    """The number of the network's outputs, compared with the classes of the training data."""
-    name = getattr(plan.model.target, "__name__", "the network")
-    image = split.example()
-    if image is None:  # the network's word has to do
-        parameter = inspect.signature(plan.model.target).parameters.get("num_classes")
-        said = plan.model.arguments.get("num_classes", parameter and parameter.default)
-        outputs = getattr(network, "num_classes", said)
-        if not isinstance(outputs, int):
-            raise UserError(f"model: {name} doesn't say how many classes it has; give it an attribute num_classes")
-        return outputs
-    outputs = try_network(network, image, name)
-    classes = split.classes
-    if classes is not None and outputs != len(classes):
-        said = f"model.num_classes: {name} has {outputs} outputs, but train_dataset has {len(classes)} classes"
-        if outputs < len(classes):
-            raise UserError(f"{said}; set model.num_classes={len(classes)}")
-        _warn_once(f"{said}: the other outputs stay unused")
-    return outputs
+def _check_classes(outputs: int, name: str, splits: dict[str, Split]) -> None:
+    """Compares the classes of the data with the network's outputs and with each other.
+
+    Labels are places in the list of classes: a folder too many or too few would shift them in silence.
+    """
+    for path, split in splits.items():
+        if split.classes is not None and outputs < len(split.classes):
+            raise UserError(
+                f"model.num_classes: {name} has {outputs} outputs, but {path} has {len(split.classes)} classes; "
+                f"set model.num_classes={len(split.classes)}"
+            )
+    ours, *others = (split.classes for split in splits.values())
+    if ours is not None and outputs > len(ours):
+        _warn_once(f"model.num_classes: {name} has {outputs} outputs for {len(ours)} classes; the others stay unused")
+    for theirs in others:
+        if ours and theirs and {*ours} & {*theirs} and any(a != b for a, b in zip(ours, theirs, strict=False)):
+            odd = ", ".join(map(repr, sorted({*ours} ^ {*theirs})[:5]))
+            raise UserError(
+                f"eval_dataset: its classes are not those of train_dataset ({odd} in one of them only), so their "
+                "numbers differ"
+            )
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
     """However often `compare` builds the same run."""
     logging.getLogger(__name__).warning(message)
-
-
-def _check_same_classes(train: Split, held_out: Split) -> None:
-    """Labels are places in the list of classes: a folder more or less would shift them in silence."""
-    ours, theirs = train.classes, held_out.classes
-    if ours is None or theirs is None or list(theirs) == list(ours[: len(theirs)]):
-        return
-    missing: Sequence[str] = sorted(set(ours) ^ set(theirs))
-    raise UserError(
-        f"eval_dataset: its classes are not those of train_dataset ({', '.join(map(repr, missing[:5]))} in one of them "
-        "only), so their numbers differ"
-    )

@@ -32,7 +32,7 @@ class Component:
     """Something to call once everything is checked.
 
     Attributes:
-        path: Where the recipe asks for it.
+        path: Its key in the recipe.
         target: The class or function.
         arguments: Its checked arguments.
     """

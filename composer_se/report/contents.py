@@ -1,4 +1,4 @@
-"""What the sections of a report say, from the files of a run. Empty where there is nothing to say."""
+"""The contents of a report's sections, from the files of a run. Empty where there is nothing to say."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def curves(lines: Lines) -> list[str]:
 
 
 def gates_in_training(lines: Lines) -> Content:
-    """What `GateMonitor` logged: two plots over batches, and the last numbers of each layer."""
+    """The log of `GateMonitor`: two plots over batches, and the last numbers of each layer."""
     prefix = "gates/mean/"
     keys = (key for line in lines for key, value in line.items() if value is not None)
     layers = list(dict.fromkeys(key.removeprefix(prefix) for key in keys if key.startswith(prefix)))
@@ -88,7 +88,7 @@ def gates_in_training(lines: Lines) -> Content:
 
 
 def gates_after_training(analysis: Content | None, picture: str | None) -> Content:
-    """What `composer-se gates` found."""
+    """The findings of `composer-se gates`."""
     if analysis is None:
         return {}
     rows, marked = [], []
@@ -118,7 +118,7 @@ def gates_after_training(analysis: Content | None, picture: str | None) -> Conte
 
 
 def cost(study: Content | None) -> Content:
-    """What `composer-se cost` measured."""
+    """The measurements of `composer-se cost`."""
     if study is None:
         return {}
     kinds = list(study["rows"][0]["times"])

@@ -48,7 +48,7 @@ def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth
     axis.spines[["left", "bottom"]].set_color(_TEXT)
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > _MOST_NAMES:
-        # Of many layers the first, the middle and the last tell which colour is where.
+        # Of many layers the first, the middle and the last show which colour is where.
         kept = sorted({0, len(labels) // 2, len(labels) - 1})
         handles, labels = [handles[i] for i in kept], [labels[i] for i in kept]
     if len(lines) > 1:

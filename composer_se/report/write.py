@@ -7,17 +7,19 @@ import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jinja2
+import torch
 
 from composer_se.errors import UserError
+from composer_se.planning import Plan, plan
+from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
+from composer_se.recipe.models import build_network
+from composer_se.recipe.schema import Recipe
+from composer_se.recipe.squeeze_excite import squeeze_excite_options
 from composer_se.report import contents
-
-if TYPE_CHECKING:
-    from composer_se.planning import Plan
-    from composer_se.recipe.schema import Recipe
 
 __all__ = ["write_report"]
 
@@ -25,7 +27,7 @@ __all__ = ["write_report"]
 def write_report(run_folder: Path) -> Path:
     """Writes `report.html` into a run's folder, over an earlier one.
 
-    It needs `recipe.yaml`. It tells what else it finds there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
+    It needs `recipe.yaml`. It shows whatever else is there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
     `gates.png` of `composer-se gates`, and `cost.json`, as `composer-se cost --json RUN/cost.json` writes it.
 
     Args:
@@ -88,14 +90,7 @@ def _as_data_url(path: Path) -> str | None:
 
 
 def _plan(recipe: Recipe) -> Plan | None:
-    """What SE does to the recipe's network, or None where it has none."""
-    import torch
-
-    from composer_se.planning import plan
-    from composer_se.recipe.data import image_size
-    from composer_se.recipe.models import build_network
-    from composer_se.recipe.validate import squeeze_excite_options
-
+    """The plan of SE on the recipe's network, or None where it has none."""
     options = squeeze_excite_options(recipe)
     if options is None:
         return None

@@ -1,1 +1,1 @@
-"""How results look, in every command: pictures, terminal, text. Nothing here knows what the results are about."""
+"""The look of results in every command: pictures, terminal, text. Nothing here knows what they are about."""

@@ -21,7 +21,7 @@ __all__ = [
     "style",
 ]
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart. It reads on white and on dark pages.
+# Okabe and Ito's palette: colour-blind readers can distinguish its colours, on white and on dark pages.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLACK = "#000000"
 GREY = "#555555"
@@ -48,7 +48,7 @@ def style(axis: Any, grid: str = "both") -> None:
 
 
 def legend_above(figure: Any, axis: Any, title: str) -> None:
-    """Puts a title above a figure, and below it the legend of one axis, which stands for all."""
+    """Puts a title above a figure, and below the title the legend of one axis for all."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -67,7 +67,7 @@ def caption_below(figure: Any, text: str, width: int) -> None:
     Args:
         figure: The figure.
         text: Plain text.
-        width: Where its lines are broken, in characters.
+        width: Of its lines, in characters.
     """
     figure.supxlabel(fill(_literal(text), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
 

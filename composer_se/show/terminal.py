@@ -15,7 +15,7 @@ from rich.table import Table
 __all__ = ["Progress", "new_table", "progress_bar"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as (what is being done, steps done, steps in all; 0 where that is unknown)."""
+"""Called with the task, the steps done, and their number (0 if unknown)."""
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
@@ -23,8 +23,8 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
 
     Args:
         title: Above it.
-        caption: Below it: what the columns mean.
-        first: Head of the first column, of names, which are broken where they are too long.
+        caption: Below it: the meaning of the columns.
+        first: Head of the first column, of names. Long names are broken.
         others: Heads of the other columns, of numbers.
         side: Spaces on the left of each column.
     """
@@ -44,11 +44,11 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
 
 @contextmanager
 def progress_bar(*, speaks: bool = True, in_lines: bool = False) -> Iterator[Progress]:
-    """A bar on stderr while work is going on.
+    """Shows a progress bar on stderr.
 
     Args:
-        speaks: Whether this process shows it.
-        in_lines: Whether a stderr that is no terminal gets a line for each new thing that is done: for work of hours.
+        speaks: True if this process shows it.
+        in_lines: True prints a line for each new description where stderr is no terminal: for work of hours.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

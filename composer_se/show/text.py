@@ -1,4 +1,4 @@
-"""Numbers as text: for people, and for other programs."""
+"""Numbers as text for people and for programs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Writes the tables of the README from what the Makefile's targets leave beside this file."""
+"""Writes the tables of the README and of the pages beside it from the files in `results`, which make's targets write.
+
+A table stands between two marks, such as `<!-- cost: make cost -->` and `<!-- /cost -->`. They give its name and the
+command that measures it.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +20,10 @@ from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
+COST = RESULTS / "cost-resnet50-against-composer.json"
+CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
-CLAIMS = (  # folder below results/claims/, the algorithm beside SE, what the row is called
+CLAIMS = (  # folder below results/claims/, the algorithm beside SE, the row's name
     ("randaugment-data-bound", "RandAugment", "RandAugment, digits, ResNet-8: loader slower than network"),
     ("randaugment-compute-bound", "RandAugment", "RandAugment, digits, ResNet-20: network slower than loader"),
     ("selective-backprop-speed", "SelectiveBackprop", "SelectiveBackprop, Fashion-MNIST, ResNet-8"),
@@ -25,8 +31,20 @@ CLAIMS = (  # folder below results/claims/, the algorithm beside SE, what the ro
 )
 
 
+def short_cost_table(found: dict[str, Any]) -> str:
+    """Memory and time of each variant, for the README."""
+    lines = ["| | saved for backward | " + " | ".join(KINDS) + " |", "|---" * (2 + len(KINDS)) + "|"]
+    for row in found["rows"]:
+        cells = [CODE[row["code"]], f"{row['ratios']['saved_bytes']:.4f}", *_times(row)]
+        lines.append("| " + " | ".join(cells) + " |")
+    layers = max(len(row["layers"]) for row in found["rows"])
+    machine = Machine(**found["machine"])
+    where = machine.gpu or f"{machine.cpu}, {machine.threads} threads"
+    return "\n".join([*lines, "", f"ResNet-50 with SE on {layers} convs, relative to plain; {where}."])
+
+
 def cost_table(found: dict[str, Any]) -> str:
-    """The table in Markdown, one row per variant, with the machine below it."""
+    """All costs of each variant, with the conditions below the table."""
     lines = [
         "| | SE layers | parameters | multiply-adds | saved for backward | full-size passes | "
         + " | ".join(KINDS)
@@ -37,7 +55,7 @@ def cost_table(found: dict[str, Any]) -> str:
     (against,) = found["against_composer"]
     lines.append("")
     lines.append(
-        "Ours over Composer's, overhead over plain: "
+        "Ours over Composer's built-in, overhead over plain: "
         + "; ".join(f"{kind} {_ratio(against[kind]['overhead'])}" for kind in KINDS)
         + ". Time: "
         + "; ".join(f"{kind} {_ratio(against[kind]['time'])}" for kind in KINDS)
@@ -49,27 +67,50 @@ def cost_table(found: dict[str, Any]) -> str:
         f"ResNet-50, batch {settings['batch_size']}, {settings['image_size']}², {settings['precision']}, "
         f"latent_channels {settings['squeeze_excite']['latent_channels']}, min_channels {against['min_channels']} of "
         f"{settings['squeeze_excite']['min_channels_of']}; {settings['instances']} instances of each, "
-        f"{settings['rounds']} rounds; {Machine(**found['machine'])}. "
-        "± is what two variants of the same code can differ by; *(within)* means no difference was shown."
+        f"{settings['rounds']} rounds; {Machine(**found['machine'])}."
     )
     return "\n".join(lines)
 
 
+def layers_table(layers: dict[str, Any]) -> str:
+    """The norm alone and what SE adds to it, per different layer, and the sums over the network."""
+    variants = [("norm", "norm"), ("composer", "+ built-in"), ("composer-se", "+ ours")]
+    columns = [(mode, variant, f"{mode}: {head}") for mode in layers["modes"] for variant, head in variants]
+    lines = ["| map | × | " + " | ".join(head for *_, head in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    for i, kind in enumerate(layers["kinds"]):
+        shape = f"{kind['channels']}×{kind['height']}×{kind['width']}"
+        shape += ", no norm" if kind["norm"] == "none" else ""
+        numbers = [f"{layers['modes'][mode]['milliseconds'][variant][i]:.2f}" for mode, variant, _ in columns]
+        lines.append("| " + " | ".join([shape, str(kind["count"]), *numbers]) + " |")
+    counts = [kind["count"] for kind in layers["kinds"]]
+    sums = []
+    for mode, variant, _ in columns:
+        milliseconds = layers["modes"][mode]["milliseconds"][variant]
+        sums.append(f"**{sum(n * t for n, t in zip(counts, milliseconds, strict=True)):.1f}**")
+    lines.append("| " + " | ".join(["**sum**", f"**{sum(counts)}**", *sums]) + " |")
+    shares = {mode: _ratio(found["share"]) for mode, found in layers["modes"].items() if found["share"]}
+    if shares:
+        lines += ["", "Ours over the built-in: " + "; ".join(f"{mode} {share}" for mode, share in shares.items()) + "."]
+    return "\n".join(lines)
+
+
 def _row(row: dict[str, Any]) -> str:
-    name = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}[row["code"]]
     passes = "/".join(str(count) for count in sorted(set(row["passes"]))) or "–"
     ratios = row["ratios"]
-    times = [_ratio(row["times"][kind]["ratio"]) if "ratio" in row["times"][kind] else "1" for kind in KINDS]
     cells = [
-        name,
+        CODE[row["code"]],
         str(len(row["layers"]) or "–"),
         f"{ratios['parameters']:.3f}",
         f"{ratios['multiply_adds']:.4f}",
         f"{ratios['saved_bytes']:.4f}",
         passes,
-        *times,
+        *_times(row),
     ]
     return "| " + " | ".join(cells) + " |"
+
+
+def _times(row: dict[str, Any]) -> list[str]:
+    return [_ratio(row["times"][kind]["ratio"]) if "ratio" in row["times"][kind] else "1" for kind in KINDS]
 
 
 def _ratio(ratio: dict[str, Any]) -> str:
@@ -78,21 +119,29 @@ def _ratio(ratio: dict[str, Any]) -> str:
     return str(Interval(**values))
 
 
-def with_tables(readme: str) -> str:
-    """The README with its tables renewed."""
-    readme = _replaced(
-        readme, "cost", cost_table(json.loads((RESULTS / "cost-resnet50-against-composer.json").read_text()))
-    )
-    # Its headings would stand beside the README's own.
-    tried = (DOCS / "compatibility.md").read_text().partition("\n## ")
-    rows = re.sub(r"^## (.*)$", r"**\1**", f"## {tried[2]}", flags=re.MULTILINE)
-    readme = _replaced(readme, "compatibility", rows.strip())
-    readme = _replaced(readme, "study", study_table((RESULTS / "study" / "results.md").read_text()))
-    return _replaced(readme, "claims", claims_table(RESULTS / "claims"))
+def pages() -> dict[Path, str]:
+    """The pages that hold such tables, with their tables as the results have them."""
+    cost = json.loads(COST.read_text())
+    tables = {
+        README: {"cost": short_cost_table(cost)},
+        DOCS / "cost.md": {"cost": cost_table(cost)},
+        DOCS / "comparing.md": {
+            "study": study_table((RESULTS / "study" / "results.md").read_text()),
+            "claims": claims_table(RESULTS / "claims"),
+        },
+    }
+    if "layers" in cost:
+        tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
+    filled = {}
+    for page, of_page in tables.items():
+        filled[page] = page.read_text()
+        for name, table in of_page.items():
+            filled[page] = _replaced(filled[page], page, name, table)
+    return filled
 
 
 def study_table(report: str) -> str:
-    """The table of a comparison's report, what it decides, and the conditions."""
+    """The table of a comparison's report, its sentences and its conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
     sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
     decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
@@ -101,7 +150,7 @@ def study_table(report: str) -> str:
 
 
 def claims_table(folder: Path) -> str:
-    """What SE adds to a training step, without and with another algorithm, and what both do to the accuracy."""
+    """The time of a training step with SE, with another algorithm and with both, and the accuracies with both."""
     rows = [
         "| time of a training step, over that of the plain network | SE | the other | both | both over the other |",
         "|---|---|---|---|---|",
@@ -132,12 +181,13 @@ def claims_table(folder: Path) -> str:
     )
 
 
-def _replaced(readme: str, name: str, table: str) -> str:
-    marked = re.compile(rf"(<!-- {name}: make {name} -->\n).*?(\n<!-- /{name} -->)", re.DOTALL)
-    if not marked.search(readme):
-        raise ValueError(f"README.md has lost the marks around a table, `<!-- {name}: make {name} -->`.")
-    return marked.sub(lambda match: match[1] + table + match[2], readme)
+def _replaced(text: str, page: Path, name: str, table: str) -> str:
+    marked = re.compile(rf"(<!-- {name}: make [a-z-]+ -->\n).*?<!-- /{name} -->", re.DOTALL)
+    if not marked.search(text):
+        raise ValueError(f"{page.name}: expected the marks `<!-- {name}: make … -->` and `<!-- /{name} -->`.")
+    return marked.sub(lambda match: f"{match[1]}{table}\n<!-- /{name} -->", text)
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text()))
+    for path, text in pages().items():
+        path.write_text(text)
