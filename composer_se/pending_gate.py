@@ -145,7 +145,7 @@ def _gated_values(t: Any) -> Any:
 def _refuse_if_taken(t: Any) -> None:
     if isinstance(t, PendingGate) and t.own.taken:
         raise RuntimeError(
-            "A norm took a conv's output with its gates, so the gated map has no gradient. Ask before the norm runs: call "
+            "A norm took a conv's output with its gates, so the gated map has no gradient. Ask before the norm runs: "
             "retain_grad() or register_hook() in a forward hook of the SqueezeExciteConv2d, for instance."
         )
 

@@ -20,7 +20,7 @@ _NOT_READ = {
     *("zero_", "zero", "fill_", "fill", "is_same_size", "resize_", "set_"),
 }
 # Operators that return memory without writing to it.
-_NOT_WRITTEN = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"}
+_NOT_WRITTEN = {"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided", "resize_"}
 
 
 class FullSizePasses(TorchDispatchMode):
@@ -105,7 +105,7 @@ def _operands(
         mutated = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in _tensors(value):
             inputs.add(_address(tensor))
-            if mutated:
+            if mutated and name not in _NOT_WRITTEN:
                 written.append(tensor)
             overwritten = mutated and (argument.is_out or name == "copy_")
             if name not in _NOT_READ and not overwritten:
