@@ -137,6 +137,16 @@ def test_wrong_input_is_one_line_and_exit_code_2(arguments, message, capsys):
 
 
 @pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_full_disk_after_the_measurement_is_one_line_below_the_tables(option, capsys):
+    Path("full.svg").symlink_to("/dev/full")
+    assert main(["cost", "my_networks:tiny", "--min-channels", "8", option, "full.svg", *SMALL]) == 2
+    printed = capsys.readouterr()
+    assert "training step" in printed.out
+    assert (
+        printed.err.strip() == f"composer-se cost: error: {option} full.svg: can't be written: No space left on device"
+    )
+
+
 def test_layers_alone_are_a_table_for_each_mode_and_stand_in_the_json(capsys):
     options = [
         "--min-channels",
@@ -160,16 +170,6 @@ def test_layers_alone_are_a_table_for_each_mode_and_stand_in_the_json(capsys):
     for mode in layers["modes"].values():
         assert list(mode["milliseconds"]) == ["norm", "composer-se", "composer"]
         assert {"value", "low", "high"} <= mode["share"].keys()
-
-
-def test_a_full_disk_after_the_measurement_is_one_line_below_the_tables(option, capsys):
-    Path("full.svg").symlink_to("/dev/full")
-    assert main(["cost", "my_networks:tiny", "--min-channels", "8", option, "full.svg", *SMALL]) == 2
-    printed = capsys.readouterr()
-    assert "training step" in printed.out
-    assert (
-        printed.err.strip() == f"composer-se cost: error: {option} full.svg: can't be written: No space left on device"
-    )
 
 
 def test_what_fails_before_the_measurement_leaves_the_files_as_they_were(capsys):

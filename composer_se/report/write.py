@@ -18,7 +18,7 @@ from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network
 from composer_se.recipe.schema import Recipe
-from composer_se.recipe.squeeze_excite import squeeze_excite_options
+from composer_se.recipe.validate import squeeze_excite_options
 from composer_se.report import contents
 
 __all__ = ["write_report"]
