@@ -105,13 +105,8 @@ def affine(u: Tensor, p: Tensor | None, a: Tensor, b: Tensor | None) -> Tensor:
 def _weighted_sums(g: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over H and W of ``g (u - p)`` and of ``g``: two tensors (N, C), in one pass."""
     kernel: Any = torch.ops.aten.native_batch_norm_backward
-    maps, ones, p1, only_sums = (
-        (_single_maps(g), _single_maps(u)),
-        p.new_ones(p.numel()),
-        p.view(-1),
-        [False, True, True],
-    )
-    _, weighted, plain = kernel(*maps, ones, None, None, p1, ones, True, 0.0, only_sums)
+    ones, p1, only_sums = p.new_ones(p.numel()), p.view(-1), [False, True, True]
+    _, weighted, plain = kernel(_single_maps(g), _single_maps(u), ones, None, None, p1, ones, True, 0.0, only_sums)
     return weighted.view_as(p), plain.view_as(p)
 
 
@@ -177,11 +172,14 @@ def gate_(u: Tensor, z: Tensor) -> Tensor:
 
 def gate_gradients(g: Tensor, u: Tensor, z: Tensor, *, overwritten: bool) -> tuple[Tensor, Tensor]:
     """The gradients of `gate` for ``u`` and ``z``; ``overwritten`` says that the product lies where ``u`` was."""
-    s = torch.sigmoid(z)
+    s, recorded = torch.sigmoid(z), torch.is_grad_enabled()
+    slope = s * (1 - s)
     if overwritten:  # dL/dz = s (1 - s) Σ g u = (1 - s) Σ g v
-        v: Any = _Overwritten.apply(u, z) if torch.is_grad_enabled() else u
-        return g * over_maps(s), (1 - s) * (g * v).sum((-2, -1))
-    return g * over_maps(s), s * (1 - s) * (g * u).sum((-2, -1))
+        slope, u = 1 - s, _Overwritten.apply(u, z) if recorded else u  # pyright: ignore[reportAssignmentType]
+    products = g * u
+    dz = slope * products.sum((-2, -1))
+    # In the same memory, for the page faults; not where it is to be differentiated again.
+    return g * over_maps(s) if recorded else torch.mul(g, over_maps(s), out=products), dz
 
 
 class _Overwritten(torch.autograd.Function):
