@@ -270,19 +270,20 @@ class _GatedNorm(torch.autograd.Function):
         i = inverse if weight is None else inverse * per_channel(weight)
         b = d * i if bias is None else torch.addcmul(per_channel(bias), d, i)
         fixed = (norm.running_mean, norm.running_var) if norm.fixed else (None, None)
-        ctx.save_for_backward(u, z, weight, bias, p, s, q, m, inverse, i, *fixed)
-        ctx.norm, ctx.link, ctx.dim = norm, link, dim
+        ctx.save_for_backward(u, z, weight, bias, p, q, m, inverse, i, *fixed)
+        ctx.norm, ctx.link, ctx.grouped, ctx.dim = norm, link, grouped, dim
         return affine(u, p, (s * i).view(n, c), b.view(n, c))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        u, z, weight, bias, p, s, q, m, inverse, i, *fixed = ctx.saved_tensors
+        u, z, weight, bias, p, q, m, inverse, i, *fixed = ctx.saved_tensors
         g, link, dim, needed = grads[0].contiguous(), ctx.link, ctx.dim, ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             if link is not None:
                 link.a = None  # what goes to `squeeze` is dL/du
             norm = replace(ctx.norm, running_mean=fixed[0], running_var=fixed[1])
             return *_recorded_gradients(norm, g, (u, z, weight, bias), needed), *(None,) * 4
+        s = torch.sigmoid(z.to(p.dtype)).view(ctx.grouped)
         da, db = (t.view(s.shape) for t in _weighted_sums(g, u, p))
         d = s * p.view(s.shape) - m
         d_i, d_s, d_sp, d_q, a = torch.addcmul(da * s, db, d), da * i, db * i, None, s * i
