@@ -78,6 +78,14 @@ def norm_without_gradients_first(conv: nn.Module, norm: nn.Module, x: Tensor) ->
     return norm(v)
 
 
+def changed_in_place_between_norms(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
+    v = conv(x)
+    with torch.no_grad():
+        norm(v)
+    F.relu(v, inplace=True)
+    return norm(v)
+
+
 def norm_twice(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     v = conv(x)
     return norm(v) + 2 * norm(v)
@@ -131,6 +139,7 @@ USES: dict[str, Callable[..., Any]] = {
     "two readers": two_readers,
     "read without gradients first": read_without_gradients_first,
     "norm without gradients first": norm_without_gradients_first,
+    "changed in place between norms": changed_in_place_between_norms,
     "norm twice": norm_twice,
     "own function": lambda conv, norm, x: norm(Cube.apply(conv(x))),
     "own function after the norm": own_function_after_the_norm,
