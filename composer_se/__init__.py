@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
     from composer_se.gate_monitor import GateMonitor
     from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
+    from composer_se.norm_module import SqueezeExciteNorm2d
     from composer_se.options import SqueezeExciteOptions
     from composer_se.planning import Plan, plan
 
@@ -23,6 +24,7 @@ __all__ = [
     "SqueezeExcite",
     "SqueezeExcite2d",
     "SqueezeExciteConv2d",
+    "SqueezeExciteNorm2d",
     "SqueezeExciteOptions",
     "apply_squeeze_excite",
     "functional",
@@ -43,6 +45,7 @@ _MODULES = {
     "SqueezeExcite": "composer_se.algorithm",
     "SqueezeExcite2d": "composer_se.modules",
     "SqueezeExciteConv2d": "composer_se.modules",
+    "SqueezeExciteNorm2d": "composer_se.norm_module",
     "SqueezeExciteOptions": "composer_se.options",
     "apply_squeeze_excite": "composer_se.functional",
     "plan": "composer_se.planning",

@@ -16,8 +16,8 @@ from torch import nn
 
 from composer_se import surgery
 from composer_se.functional import apply_squeeze_excite
-from composer_se.modules import SqueezeExciteConv2d
 from composer_se.options import SqueezeExciteOptions
+from composer_se.wrapper import SqueezeExcited
 
 __all__ = ["SqueezeExcite"]
 
@@ -41,6 +41,8 @@ class SqueezeExcite(Algorithm):
         min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
         include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
+        placement: ``"conv"``, or ``"norm"`` for blocks behind the norm that follows. Default: ``"conv"``.
         inplace: Not needed any more.
 
     Raises:
@@ -59,9 +61,13 @@ class SqueezeExcite(Algorithm):
         min_channels_of: str = SqueezeExciteOptions.min_channels_of,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        init: str = SqueezeExciteOptions.init,
+        placement: str = SqueezeExciteOptions.placement,
         inplace: object = None,
     ) -> None:
-        self.options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, inplace)
+        self.options = SqueezeExciteOptions(
+            latent_channels, min_channels, min_channels_of, include, exclude, init, placement, inplace
+        )
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())
@@ -82,16 +88,14 @@ class SqueezeExcite(Algorithm):
         num_convs = surgery.count_module_instances(model, nn.Conv2d)
         with _rank_zero_rng(state):
             added = apply_squeeze_excite(model, optimizers=state.optimizers or None, **asdict(self.options))
-        num_layers = surgery.count_module_instances(model, SqueezeExciteConv2d)
+        num_layers = surgery.count_module_instances(model, SqueezeExcited)
         num_parameters = sum(parameter.numel() for wrapper in added.values() for parameter in wrapper.se.parameters())
         log.info(
-            "SE on %d of %d convs, %d parameters added (latent_channels=%s, min_channels=%s, min_channels_of=%s).",
+            "SE on %d of %d convs, %d parameters added (%s).",
             num_layers,
             num_convs,
             num_parameters,
-            self.options.latent_channels,
-            self.options.min_channels,
-            self.options.min_channels_of,
+            ", ".join(f"{name}={value}" for name, value in asdict(self.options).items() if value is not None),
         )
         logger.log_hyperparameters(
             {

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from composer_se import surgery
 from composer_se.modules import SqueezeExciteConv2d
+from composer_se.norm_module import SqueezeExciteNorm2d
 from composer_se.options import RECOMMENDED_LATENT_CHANNELS, SqueezeExciteOptions
 from composer_se.selection import (
     HAS_SE,
@@ -19,6 +20,7 @@ from composer_se.selection import (
     following_norms,
     select_convs,
 )
+from composer_se.wrapper import SqueezeExcited, mark_as_squeeze_excited
 
 __all__ = ["apply_squeeze_excite", "remove_squeeze_excite"]
 
@@ -34,12 +36,14 @@ def apply_squeeze_excite(
     min_channels_of: str = SqueezeExciteOptions.min_channels_of,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    init: str = SqueezeExciteOptions.init,
+    placement: str = SqueezeExciteOptions.placement,
     inplace: object = None,
-) -> dict[str, SqueezeExciteConv2d]:
+) -> dict[str, SqueezeExcited]:
     """Adds a Squeeze-and-Excitation block (Hu et al., https://arxiv.org/abs/1709.01507) to convs of a model, in place.
 
     Skips convs that have a block or are part of one, so a second call changes nothing. The new parameters take the
-    conv's device and dtype, and the initialisation of `torch.nn.Linear`.
+    conv's device and dtype.
 
     Args:
         model: The model, not wrapped in DDP or FSDP yet.
@@ -50,15 +54,19 @@ def apply_squeeze_excite(
         min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
         include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to skip. Default: none.
+        init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
+        placement: ``"conv"``, or ``"norm"`` for blocks behind the norm that follows. Default: ``"conv"``.
         inplace: Not needed any more.
 
     Returns:
-        The new blocks with their convs, by the qualified name of the conv they replaced, in model order.
+        The new `SqueezeExciteConv2d` or `SqueezeExciteNorm2d`, by the qualified name of the conv or norm that each
+        replaced, in model order.
 
     Raises:
         TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
-        ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv,
-            or an optimizer holds none of the model's parameters. The model and the optimizers are as before.
+        ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv, no norm
+            follows a conv whose block goes behind one, or an optimizer holds none of the model's parameters. The model
+            and the optimizers are as before.
 
     Example:
         >>> from torchvision.models import resnet50
@@ -66,7 +74,9 @@ def apply_squeeze_excite(
         >>> len(apply_squeeze_excite(model, latent_channels=64, min_channels=512))
         22
     """
-    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, inplace)
+    options = SqueezeExciteOptions(
+        latent_channels, min_channels, min_channels_of, include, exclude, init, placement, inplace
+    )
     selection = select_convs(model, options)
     _check_optimizers(model, optimizers)
     if not selection.chosen:
@@ -74,46 +84,54 @@ def apply_squeeze_excite(
         return {}
     _note_narrow_blocks(selection)
     norms = following_norms(model)
-    wrappers: dict[nn.Module, SqueezeExciteConv2d] = {}
+    wrappers: dict[nn.Module, SqueezeExcited] = {}
     for choice in selection.chosen:
-        wrappers[choice.conv] = SqueezeExciteConv2d(
-            conv=choice.conv,
-            latent_channels=choice.latent_channels,
-            followed_by_norm=choice.conv in norms,
-        )
-    surgery.replace_module_classes(model, {nn.Conv2d: lambda conv, _: wrappers.get(conv)}, optimizers)
-    return {choice.name: wrappers[choice.conv] for choice in selection.chosen}
+        conv, width, norm = choice.conv, choice.latent_channels, norms.get(choice.conv)
+        if options.placement == "conv":
+            wrappers[conv] = SqueezeExciteConv2d(
+                conv=conv, latent_channels=width, followed_by_norm=norm is not None, init=options.init
+            )
+        elif norm is not None and norm not in wrappers:
+            factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+            wrappers[norm] = SqueezeExciteNorm2d(norm, conv.out_channels, width, init=options.init, **factory)
+            if optimizers is not None:  # the conv's group, since weight decay is often another for norms
+                own = list(conv.parameters())
+                surgery.update_params_in_optimizer(own, [*own, *wrappers[norm].se.parameters()], optimizers)
+        mark_as_squeeze_excited(conv)
+    names = {module: name for name, module in model.named_modules()}
+    surgery.replace_module_classes(model, {nn.Module: lambda module, _: wrappers.get(module)}, optimizers)
+    return {names[layer]: wrappers[layer] for layer in names if layer in wrappers}
 
 
 def remove_squeeze_excite(
     model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None = None
 ) -> dict[str, nn.Module]:
-    """Replaces every conv that has a Squeeze-and-Excitation block by the bare conv, in place.
+    """Replaces every conv or norm that has a Squeeze-and-Excitation block by the bare one, in place.
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
         optimizers: The optimizers of its parameters. The parameters of the blocks leave them. Default: none.
 
     Returns:
-        The bare convs, by qualified name, in model order.
+        The bare layers, by qualified name, in model order.
 
     Raises:
         TypeError: If the model is wrapped in DDP or FSDP.
-        ValueError: If the model is itself a `SqueezeExciteConv2d`, which can't be replaced in place.
+        ValueError: If the model is itself a layer with a block, which can't be replaced in place.
     """
     check_not_wrapped(model)
-    if isinstance(model, SqueezeExciteConv2d):
+    if isinstance(model, SqueezeExcited):
         raise ValueError(
-            "The model is itself a SqueezeExciteConv2d, which can't be replaced in place. Take model.conv."
+            f"The model is itself a {type(model).__name__}, which can't be replaced in place. Take model.{model.inner}."
         )
-    names = {module: name for name, module in model.named_modules() if isinstance(module, SqueezeExciteConv2d)}
-    bare_conv: dict[nn.Module, nn.Module] = {wrapper: wrapper.conv for wrapper in names}
-    surgery.replace_module_classes(model, {SqueezeExciteConv2d: lambda wrapper, _: bare_conv[wrapper]}, optimizers)
-    for wrapper in names:
-        # Another algorithm may have put the conv into a wrapper of its own since.
-        for module in wrapper.conv.modules():
-            module.__dict__.pop("_already_squeeze_excited", None)
-    return {name: wrapper.conv for wrapper, name in names.items()}
+    names = {module: name for name, module in model.named_modules() if isinstance(module, SqueezeExcited)}
+    bare: dict[nn.Module, nn.Module] = {wrapper: wrapper.layer for wrapper in names}
+    marked = [*bare.values(), *(module for module, norm in following_norms(model).items() if norm in bare)]
+    surgery.replace_module_classes(model, {SqueezeExcited: lambda wrapper, _: bare[wrapper]}, optimizers)
+    # Another algorithm may have put the conv into a wrapper of its own since.
+    for module in (part for layer in marked for part in layer.modules()):
+        mark_as_squeeze_excited(module, False)
+    return {name: bare[wrapper] for wrapper, name in names.items()}
 
 
 def _check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None) -> None:

@@ -1,4 +1,4 @@
-"""The Squeeze-and-Excitation block, and the conv that carries one.
+"""The Squeeze-and-Excitation block, and the conv whose output one scales.
 
 Squeeze-and-Excitation Networks, Hu et al., https://arxiv.org/abs/1709.01507, section 3. Two things differ from the
 paper, as in Composer: the block follows single convs, not residual branches, and the hidden width may be absolute.
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
 
 from composer_se import ops
-from composer_se.options import check_latent_channels, latent_width, warn_of_inplace
+from composer_se.options import check_init, check_latent_channels, latent_width, warn_of_inplace
 from composer_se.pending_gate import pending_gate
+from composer_se.wrapper import SqueezeExcited, is_plain, mark_as_squeeze_excited
 
 __all__ = ["SqueezeExcite2d", "SqueezeExciteConv2d"]
 
@@ -30,45 +30,72 @@ class SqueezeExcite2d(nn.Module):
         num_features: Number of channels of the input.
         latent_channels: Hidden width of the MLP: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
+        init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
         inplace: Not needed any more.
         **factory: ``device`` and ``dtype`` of the weights. Default: PyTorch's.
 
     Raises:
         TypeError: If ``latent_channels`` is not a number.
-        ValueError: If ``latent_channels`` is out of range.
+        ValueError: If ``latent_channels`` or ``init`` is out of range.
 
     Shape:
         Input and output: (N, C, H, W) or (C, H, W), with C = ``num_features``.
     """
 
+    gate_limit = 1.0  # the gates lie between 0 and this
+    _has_moved = True  # whether gates that start at 1 may differ from it
+
     def __init__(
-        self, num_features: int, latent_channels: float = 0.125, *, inplace: object = None, **factory: Any
+        self,
+        num_features: int,
+        latent_channels: float = 0.125,
+        *,
+        init: str = "default",
+        inplace: object = None,
+        **factory: Any,
     ) -> None:
         super().__init__()
         warn_of_inplace(inplace)
         check_latent_channels(latent_channels)
+        check_init(init)
         self.latent_channels = latent_width(latent_channels, num_features)
         reduce = nn.Linear(num_features, self.latent_channels, bias=False, **factory)
         expand = nn.Linear(self.latent_channels, num_features, bias=False, **factory)
         # The name and the keys are those of Composer's built-in: parts 2 and 4 of a Sequential.
         self.pool_and_mlp = nn.ModuleDict({"2": reduce, "4": expand})
+        if init == "identity":
+            self.gate_limit, self._has_moved = 2.0, False
+            nn.init.zeros_(expand.weight)
+            # In every state dict, so that weights of the one start don't load into a block of the other.
+            self.register_buffer("init_identity", torch.tensor(self.gate_limit, **factory))
 
     def forward(self, input: Tensor) -> Tensor:
         """A new tensor: the maps of ``input`` scaled by their gates."""
-        logits = self.excite(input.mean((-2, -1)))
-        return input * torch.sigmoid(logits).unsqueeze(-1).unsqueeze(-1)
+        gates = torch.sigmoid(self.excite(input.mean((-2, -1)))) * self.gate_limit
+        return input * gates.unsqueeze(-1).unsqueeze(-1)
 
     def excite(self, squeezed: Tensor) -> Tensor:
         """The logits of the gates, (..., C), from the means of the maps, (..., C)."""
         return self.pool_and_mlp["4"](F.relu(self.pool_and_mlp["2"](squeezed), inplace=True))
 
+    @torch.jit.unused
+    def is_identity(self) -> bool:
+        """Whether all gates are 1, of a block that starts so. Asked until it has moved: a GPU waits for the answer."""
+        expand: Any = self.pool_and_mlp["4"]
+        self._has_moved = self._has_moved or bool(expand.weight.any())
+        return not self._has_moved
 
-class SqueezeExciteConv2d(nn.Module):
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if f"{prefix}pool_and_mlp.4.weight" in state_dict:
+            other = "identity" if f"{prefix}init_identity" in state_dict else "default"
+            if (other == "identity") is (self.gate_limit == 1):
+                args[-1].append(f'{prefix}init_identity: the weights are of a block with init="{other}", this is none.')
+            self._has_moved = self.gate_limit == 1
+
+
+class SqueezeExciteConv2d(SqueezeExcited):
     """A conv whose output is scaled by a Squeeze-and-Excitation block.
-
-    Attributes that it lacks (``weight``, ``stride``, ...) are the conv's, and setting them sets the conv's; only a
-    parameter has to be assigned to the conv itself. A state dict of the bare conv loads into it, and the block keeps
-    its weights.
 
     Args:
         *args: Arguments of `torch.nn.Conv2d`. Left out when ``conv`` is given.
@@ -78,17 +105,20 @@ class SqueezeExciteConv2d(nn.Module):
         followed_by_norm: Whether the output goes to a norm, which then takes the gates along while gradients are
             recorded: SE has no pass over the maps and keeps no activation. The numbers are the same for every reader of
             the output. `composer_se.apply_squeeze_excite` finds out by itself. Default: ``False``.
+        init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
         inplace: Not needed any more.
         **kwargs: Keyword arguments of `torch.nn.Conv2d`.
 
     Raises:
         TypeError: If ``latent_channels`` is not a number, or both ``conv`` and arguments for a new one are given.
-        ValueError: If ``latent_channels`` is out of range.
+        ValueError: If ``latent_channels`` or ``init`` is out of range.
 
     Attributes:
         conv: The conv.
-        se: Its `SqueezeExcite2d`.
     """
+
+    inner = "conv"
+    conv: nn.Conv2d
 
     def __init__(
         self,
@@ -96,6 +126,7 @@ class SqueezeExciteConv2d(nn.Module):
         latent_channels: float = 0.125,
         conv: nn.Conv2d | None = None,
         followed_by_norm: bool = False,
+        init: str = "default",
         inplace: object = None,
         **kwargs: Any,
     ) -> None:
@@ -106,13 +137,9 @@ class SqueezeExciteConv2d(nn.Module):
         elif args or kwargs:
             raise TypeError("Give either conv or the arguments of a new Conv2d, not both.")
         self.followed_by_norm = followed_by_norm
-        self.conv = conv
-        self.se = SqueezeExcite2d(
-            conv.out_channels, latent_channels, device=conv.weight.device, dtype=conv.weight.dtype
-        )
-        self.train(conv.training)
-        # The mark by which Composer's built-in algorithm knows a conv that has SE already.
-        conv._already_squeeze_excited = True  # pyright: ignore[reportArgumentType]
+        factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
+        self._wrap(conv, SqueezeExcite2d(conv.out_channels, latent_channels, init=init, **factory))
+        mark_as_squeeze_excited(conv)
 
     def forward(self, input: Tensor) -> Tensor:
         """The conv's output with every map scaled by its gate."""
@@ -123,61 +150,18 @@ class SqueezeExciteConv2d(nn.Module):
     @torch.jit.unused
     def scale(self, u: Tensor) -> Tensor:
         """The gated form of the conv's output ``u``, which the caller must not use afterwards."""
-        conv, se = self.conv, self.se
-        if ops.takes_plain_formula(u) or not _is_plain(se, SqueezeExcite2d, "forward"):
+        modules: dict[str, Any] = self._modules  # __getattr__ would take 5 of 84 µs at batch 1
+        conv, se = modules["conv"], modules["se"]
+        if ops.takes_plain_formula(u) or not is_plain(se, SqueezeExcite2d, "forward"):
             return se(u)
-        owned = _is_plain(conv, nn.Conv2d, "forward", "_conv_forward")
+        owned, limit = is_plain(conv, nn.Conv2d, "forward", "_conv_forward"), se.gate_limit
         if not torch.is_grad_enabled():
             z = se.excite(u.mean((-2, -1)))
-            return ops.gate_(u, z) if owned else ops.gate(u, z)
+            return ops.gate_(u, z, limit) if owned else ops.gate(u, z, limit)
         link = ops.Link()
         through, p = ops.squeeze(u, link)
         z = se.excite(p.to(u.dtype))
         if self.followed_by_norm and (u.requires_grad or z.requires_grad):
-            return pending_gate(u, z, p, through, link, owned=owned)
-        return ops.gate(u, z)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            # Not self.conv, which would come back here while the module is being unpickled.
-            conv = self.__dict__.get("_modules", {}).get("conv")
-            if conv is None:
-                raise
-            return getattr(conv, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        conv = self.__dict__.get("_modules", {}).get("conv")
-        if conv is None or name.startswith("_") or name in self.__dict__ or name in self._modules:
-            super().__setattr__(name, value)
-        elif name in conv._parameters:
-            # Folding a batch norm into the conv does this, and the gate stands between the two.
-            raise TypeError(
-                f"{name} belongs to the conv inside this SqueezeExciteConv2d. Assign to its .conv.{name} if the gate "
-                "shall scale what the conv makes of it; a norm that follows the gate can't be folded into the conv."
-            )
-        elif name in conv.__dict__ and not hasattr(type(self), name):
-            setattr(conv, name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        own = (f"{prefix}conv.", f"{prefix}se.")
-        for key in [key for key in state_dict if key.startswith(prefix) and not key.startswith(own)]:
-            state_dict[f"{prefix}conv.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
-    """Whether calling ``module`` runs these methods of its class and nothing more: nobody else can hold the result.
-
-    Hooks on the backward pass, too, hold a view of it. Parametrised modules are plain in this respect.
-    """
-    # torch has no public question for hooks, be they a module's or those of all modules.
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    hooks = hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks
-    hooks = hooks or _module._global_backward_hooks or _module._global_backward_pre_hooks
-    if hooks or not module.__dict__.keys().isdisjoint(methods) or not isinstance(module, module_class):
-        return False
-    return all(getattr(type(module), method) is getattr(module_class, method) for method in methods)
+            taken = False if se.is_identity() else None  # PyTorch's norm, for the same bits as before the surgery
+            return pending_gate(u, z, limit, p, through, link, owned=owned, taken=taken)
+        return ops.gate(u, z, limit)

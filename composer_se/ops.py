@@ -20,7 +20,7 @@ The means run over the batch, or over a group of channels of one image. So `gate
     dL/dA = Σ g (u - p),  dL/dB = Σ g                         over H and W
     dL/du = A g + (2 dL/dq / HW) (u - p) + (dL/dp) / HW
 
-Only `mean`, `variance`, `affine` and `_weighted_sums` see maps there. They use PyTorch's own kernels, on the view
+Only `mean`, `variance`, `affine` and `weighted_sums` see maps there. They use PyTorch's own kernels, on the view
 (1, N·C, H, W) in which a kernel for channels works on single maps.
 """
 
@@ -35,9 +35,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-__all__ = ["Link", "Norm", "gate", "gate_", "gate_gradients", "gated_norm", "mean", "squeeze"]
-
-# The next two functions, and nothing else, choose between the ways to compute the same thing.
+__all__ = ["Link", "Norm", "affine", "gate", "gate_", "gate_gradients", "gated_norm", "gates", "gradient_of_maps"]
+__all__ += ["mean", "over_maps", "squeeze", "takes_norm", "takes_plain_formula", "variance", "weighted_sums"]
 
 
 def takes_plain_formula(u: Tensor) -> bool:
@@ -102,7 +101,7 @@ def affine(u: Tensor, p: Tensor | None, a: Tensor, b: Tensor | None) -> Tensor:
     return torch.native_batch_norm(_single_maps(u), a, b, p, ones, False, 0.0, 0.0)[0].resize_(u.shape)
 
 
-def _weighted_sums(g: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+def weighted_sums(g: Tensor, u: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
     """The sums over H and W of ``g (u - p)`` and of ``g``: two tensors (N, C), in one pass."""
     kernel: Any = torch.ops.aten.native_batch_norm_backward
     ones, p1, only_sums = p.new_ones(p.numel()), p.view(-1), [False, True, True]
@@ -149,10 +148,11 @@ class _Squeeze(torch.autograd.Function):
             through_p = None if dp is None else over_maps(dp / area).to(ctx.dtype).expand(ctx.shape)
             return through_p if g is None else g if through_p is None else g + through_p, None
         u, p = ctx.saved_tensors
-        return _gradient_of_maps(g, u, p, link.a, link.dp if dp is None else dp + link.dp, link.dq), None
+        return gradient_of_maps(g, u, p, link.a, link.dp if dp is None else dp + link.dp, link.dq), None
 
 
-def _gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
+def gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
+    """dL/du from ``g = dL/dy``, the factor ``a`` of `affine`, and the gradients of means and variances."""
     area = u.shape[2] * u.shape[3]
     if dq is None:
         return affine(g, None, a, dp / area)
@@ -160,22 +160,28 @@ def _gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq
     return affine(u, p, dq * (2 / area), dp / area).addcmul_(g, over_maps(a.to(g.dtype)))
 
 
-def gate(u: Tensor, z: Tensor) -> Tensor:
-    """``u * sigmoid(z)`` for maps ``u`` (..., C, H, W) and logits ``z`` (..., C): a new tensor."""
-    return u * over_maps(torch.sigmoid(z))
+def gates(z: Tensor, limit: float) -> Tensor:
+    """``limit * sigmoid(z)``: the gates, of the shape of their logits ``z``."""
+    s = torch.sigmoid(z)
+    return s if limit == 1 else s * limit
 
 
-def gate_(u: Tensor, z: Tensor) -> Tensor:
+def gate(u: Tensor, z: Tensor, limit: float) -> Tensor:
+    """Maps ``u`` (..., C, H, W) times their `gates`, given the logits ``z`` (..., C): a new tensor."""
+    return u * over_maps(gates(z, limit))
+
+
+def gate_(u: Tensor, z: Tensor, limit: float) -> Tensor:
     """`gate` in place, without recording gradients."""
-    return u.mul_(over_maps(torch.sigmoid(z)))
+    return u.mul_(over_maps(gates(z, limit)))
 
 
-def gate_gradients(g: Tensor, u: Tensor, z: Tensor, *, overwritten: bool) -> tuple[Tensor, Tensor]:
+def gate_gradients(g: Tensor, u: Tensor, z: Tensor, limit: float, *, overwritten: bool) -> tuple[Tensor, Tensor]:
     """The gradients of `gate` for ``u`` and ``z``; ``overwritten`` says that the product lies where ``u`` was."""
-    s, recorded = torch.sigmoid(z), torch.is_grad_enabled()
-    slope = s * (1 - s)
-    if overwritten:  # dL/dz = s (1 - s) Σ g u = (1 - s) Σ g v
-        slope, u = 1 - s, _Overwritten.apply(u, z) if recorded else u  # pyright: ignore[reportAssignmentType]
+    s, recorded = gates(z, limit), torch.is_grad_enabled()
+    slope = s * (1 - s / limit)
+    if overwritten:  # dL/dz = s (1 - s / limit) Σ g u = (1 - s / limit) Σ g v
+        slope, u = 1 - s / limit, _Overwritten.apply(u, z, limit) if recorded else u  # pyright: ignore[reportAssignmentType]
     products = g * u
     dz = slope * products.sum((-2, -1))
     # In the same memory, for the page faults; not where it is to be differentiated again.
@@ -186,13 +192,15 @@ class _Overwritten(torch.autograd.Function):
     """`gate` where the memory of ``u`` holds the product already: for derivatives of its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, z: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, z: Tensor, limit: float) -> Tensor:
         ctx.save_for_backward(u, z)
+        ctx.limit = limit
         return u.detach()
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor]:
-        return gate_gradients(grads[0], *ctx.saved_tensors, overwritten=True)
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+        u, z = ctx.saved_tensors
+        return *gate_gradients(grads[0], u, z, ctx.limit, overwritten=True), None
 
 
 @dataclass(frozen=True)
@@ -228,13 +236,13 @@ class Norm:
                 running.lerp_(of_input.view(-1).to(running.dtype), self.momentum)
 
 
-def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, norm: Norm, link: Link | None) -> Tensor:
-    """``norm(u * sigmoid(z))`` without the product; running statistics are updated unless they are fixed.
+def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, limit: float, norm: Norm, link: Link | None) -> Tensor:
+    """``norm(gate(u, z, limit))`` without the product; running statistics are updated unless they are fixed.
 
     ``u`` is (N, C, H, W), with the means ``p`` and the logits ``z`` of the gates, (N, C). Once per map, ``through`` and
     ``link`` are those of `squeeze`, which then writes the gradient of ``u``; after that they are ``u`` and None.
     """
-    inputs = through, z, norm.weight, norm.bias, u, p.detach(), norm, link
+    inputs = through, z, norm.weight, norm.bias, u, p.detach(), limit, norm, link
     return _GatedNorm.apply(*inputs)  # pyright: ignore[reportReturnType]
 
 
@@ -246,7 +254,7 @@ class _GatedNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _: Any, z: Tensor, weight: Any, bias: Any, u: Tensor, p: Tensor, norm: Norm, link: Any
+        ctx: Any, _: Any, z: Tensor, weight: Any, bias: Any, u: Tensor, p: Tensor, limit: float, norm: Norm, link: Any
     ) -> Tensor:
         (n, c), groups = p.shape, norm.groups or 1
         grouped, dim = (n, groups, c // groups), 0 if norm.groups is None else 2
@@ -254,7 +262,7 @@ class _GatedNorm(torch.autograd.Function):
         def per_channel(t: Any) -> Tensor:
             return t.to(p.dtype).view(1, *grouped[1:])
 
-        s, q = torch.sigmoid(z.to(p.dtype)).view(grouped), None
+        s, q = gates(z.to(p.dtype), limit).view(grouped), None
         d = s * p.view(grouped)
         if norm.fixed:
             m = per_channel(norm.running_mean)
@@ -271,7 +279,7 @@ class _GatedNorm(torch.autograd.Function):
         b = d * i if bias is None else torch.addcmul(per_channel(bias), d, i)
         fixed = (norm.running_mean, norm.running_var) if norm.fixed else (None, None)
         ctx.save_for_backward(u, z, weight, bias, p, q, m, inverse, i, *fixed)
-        ctx.norm, ctx.link, ctx.grouped, ctx.dim = norm, link, grouped, dim
+        ctx.norm, ctx.link, ctx.limit, ctx.grouped, ctx.dim = norm, link, limit, grouped, dim
         return affine(u, p, (s * i).view(n, c), b.view(n, c))
 
     @staticmethod
@@ -282,9 +290,9 @@ class _GatedNorm(torch.autograd.Function):
             if link is not None:
                 link.a = None  # what goes to `squeeze` is dL/du
             norm = replace(ctx.norm, running_mean=fixed[0], running_var=fixed[1])
-            return *_recorded_gradients(norm, g, (u, z, weight, bias), needed), *(None,) * 4
-        s = torch.sigmoid(z.to(p.dtype)).view(ctx.grouped)
-        da, db = (t.view(s.shape) for t in _weighted_sums(g, u, p))
+            return *_recorded_gradients(norm, g, (u, z, weight, bias), ctx.limit, needed), *(None,) * 5
+        s = gates(z.to(p.dtype), ctx.limit).view(ctx.grouped)
+        da, db = (t.view(s.shape) for t in weighted_sums(g, u, p))
         d = s * p.view(s.shape) - m
         d_i, d_s, d_sp, d_q, a = torch.addcmul(da * s, db, d), da * i, db * i, None, s * i
         if dim == 0:  # what is shared by the batch is small from here on
@@ -303,23 +311,25 @@ class _GatedNorm(torch.autograd.Function):
         if link is not None:
             link.a, link.dp, link.dq = a, dp, d_q
         elif needed[0]:
-            du = _gradient_of_maps(g, u, p, a, dp, d_q)
-        d_z = torch.addcmul(d_s, p.view(s.shape), d_sp) * (s * (1 - s))
+            du = gradient_of_maps(g, u, p, a, dp, d_q)
+        d_z = torch.addcmul(d_s, p.view(s.shape), d_sp) * (s * (1 - s / ctx.limit))
         return (
             du if needed[0] else None,
             d_z.view_as(z).type_as(z) if needed[1] else None,
             (d_i * inverse).sum(0).view(-1).type_as(weight) if needed[2] else None,
             db.sum(0).view(-1).type_as(bias) if needed[3] else None,
-            *(None,) * 4,
+            *(None,) * 5,
         )
 
 
-def _recorded_gradients(norm: Norm, g: Tensor, inputs: tuple[Any, ...], needed: tuple[bool, ...]) -> tuple[Any, ...]:
+def _recorded_gradients(
+    norm: Norm, g: Tensor, inputs: tuple[Any, ...], limit: float, needed: tuple[bool, ...]
+) -> tuple[Any, ...]:
     """The gradients of `gated_norm` by PyTorch's own formulas, which can be differentiated again."""
     # Views, so that the gradient of u is not also taken through z. And of u, not of what `squeeze` returned for it: the
     # gradient of this must not be scaled there again.
     views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
-    y = replace(norm, weight=views[2], bias=views[3]).of(gate(*views[:2]))
+    y = replace(norm, weight=views[2], bias=views[3]).of(gate(views[0], views[1], limit))
     wanted = [t for t, is_needed in zip(views, needed, strict=True) if is_needed]
     found = iter(torch.autograd.grad(y, wanted, g, create_graph=True))
     return tuple(next(found) if is_needed else None for is_needed in needed)

@@ -12,6 +12,7 @@ __all__ = [
     "RECOMMENDED_LATENT_CHANNELS",
     "RECOMMENDED_MIN_CHANNELS",
     "SqueezeExciteOptions",
+    "check_init",
     "check_latent_channels",
     "latent_width",
     "warn_of_inplace",
@@ -40,6 +41,12 @@ class SqueezeExciteOptions:
             that does, get a block. A pattern that is a conv's full name also overrides the rule on existing SE blocks.
             A leading ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        init: How a block starts. ``"default"``: with the initialisation of `torch.nn.Linear`, which makes each gate
+            about one half; for networks that are trained from nothing. ``"identity"``: with gates of 1, which leave the
+            network as it is; for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last
+            layer of the MLP starts at zero. Default: ``"default"``.
+        placement: Where the block of a chosen conv goes. ``"conv"``: right behind it. ``"norm"``: behind the norm that
+            follows it, as in the paper. Default: ``"conv"``.
         inplace: Not needed any more; any value but None logs a warning.
 
     Raises:
@@ -52,6 +59,8 @@ class SqueezeExciteOptions:
     min_channels_of: str = "output"
     include: Patterns = None
     exclude: Patterns = None
+    init: str = "default"
+    placement: str = "conv"
     inplace: InitVar[object] = None
 
     def __post_init__(self, inplace: object) -> None:
@@ -63,6 +72,12 @@ class SqueezeExciteOptions:
                 f'min_channels_of is {self.min_channels_of!r}; choose "output" (the output channels count) or '
                 '"both" (input and output channels do, as in Composer\'s built-in algorithm).'
             )
+        check_init(self.init)
+        if self.placement not in ("conv", "norm"):
+            raise ValueError(
+                f'placement is {self.placement!r}; choose "conv" (blocks behind convs) or "norm" (behind the norms '
+                "that follow them)."
+            )
         # Plain numbers and tuples, so that the repr can be evaluated whatever they came as.
         width = self.latent_channels
         normalised = {
@@ -73,6 +88,16 @@ class SqueezeExciteOptions:
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
+
+
+def check_init(init: str) -> None:
+    """Checks the way that a block starts.
+
+    Raises:
+        ValueError: If it is neither "default" nor "identity".
+    """
+    if init not in ("default", "identity"):
+        raise ValueError(f'init is {init!r}; choose "default", or "identity" for networks that are trained already.')
 
 
 def warn_of_inplace(inplace: object) -> None:

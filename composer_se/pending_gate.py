@@ -35,6 +35,7 @@ class _Map:
 
     u: Tensor  # the conv's output
     z: Tensor  # logits of the gates
+    limit: float  # the gates are `limit * sigmoid(z)`
     p: Tensor  # the means of the maps
     through: Tensor  # `u` as `ops.squeeze` returned it, until the first norm takes it; then `u`
     link: ops.Link | None  # as given to `ops.squeeze`, likewise; then None
@@ -44,7 +45,7 @@ class _Map:
 
 
 class PendingGate(Tensor):
-    """Looks like ``u * sigmoid(z)``, holds no memory. Made by `pending_gate`."""
+    """Looks like the gated map, holds no memory. Made by `pending_gate`."""
 
     own: _Map
     product: Tensor | None = None  # once somebody asked for it
@@ -89,7 +90,7 @@ class _Pending(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
         own = ctx.own
         u, z = (own.u, own.z) if own.overwritten else ctx.saved_tensors
-        return *ops.gate_gradients(grads[0], u, z, overwritten=own.overwritten), None
+        return *ops.gate_gradients(grads[0], u, z, own.limit, overwritten=own.overwritten), None
 
 
 class _Made(torch.autograd.Function):
@@ -98,7 +99,8 @@ class _Made(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pending: PendingGate) -> Tensor:
         own = pending.own
-        return ops.gate_(own.u, own.z).detach() if own.overwritten else ops.gate(own.u, own.z)
+        args = own.u, own.z, own.limit
+        return ops.gate_(*args).detach() if own.overwritten else ops.gate(*args)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -116,9 +118,12 @@ _NORMS = {
 }
 
 
-def pending_gate(u: Tensor, z: Tensor, p: Tensor, through: Tensor, link: ops.Link, *, owned: bool) -> Tensor:
-    """A tensor that is ``u * sigmoid(z)`` to everyone; the arguments are those of `_Map`."""
-    return _Pending.apply(u, z, _Map(u, z, p, through, link, owned))  # pyright: ignore[reportReturnType]
+def pending_gate(
+    u: Tensor, z: Tensor, limit: float, p: Tensor, through: Tensor, link: ops.Link, *, owned: bool, taken: bool | None
+) -> Tensor:
+    """A tensor that is ``u * limit * sigmoid(z)`` to everyone; the arguments are those of `_Map`."""
+    own = _Map(u, z, limit, p, through, link, owned, taken)
+    return _Pending.apply(u, z, own)  # pyright: ignore[reportReturnType]
 
 
 def _gated(t: Any) -> Any:
@@ -138,7 +143,7 @@ def _gated_values(t: Any) -> Any:
     if t.product is not None:
         return t.product.detach()
     if t.product_values is None:
-        t.product_values = ops.gate(t.own.u.detach(), t.own.z.detach())
+        t.product_values = ops.gate(t.own.u.detach(), t.own.z.detach(), t.own.limit)
     return t.product_values
 
 
@@ -172,7 +177,7 @@ def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tenso
     # The norm must see a product that was changed in place. Only the version counter tells.
     if norm is not None and can_take and own.taken and (pending.product is None or pending.product._version == 0):
         through, link, own.through, own.link = own.through, own.link, own.u, None
-        return ops.gated_norm(through, own.u, own.p, own.z, norm, link)
+        return ops.gated_norm(through, own.u, own.p, own.z, own.limit, norm, link)
     if pending.product is None and own.owned and not own.taken:
         own.overwritten = True  # a norm keeps its input and never changes it
     return func(_gated(pending), *args, **kwargs)

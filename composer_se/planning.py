@@ -57,8 +57,8 @@ class Plan:
 
     Attributes:
         convs: One entry per conv.
-        min_channels: The threshold as given.
-        threshold: The threshold in force: ``min_channels``, or the number chosen for ``"auto"``.
+        options: As given.
+        threshold: The threshold in force: ``options.min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.
         parameters: Of the model as it is.
         multiply_adds: Of one image's forward pass through the model as it is, in convs and matrix products, or None
@@ -67,7 +67,7 @@ class Plan:
     """
 
     convs: tuple[ConvPlan, ...]
-    min_channels: int | str
+    options: SqueezeExciteOptions
     threshold: int
     image_size: tuple[int, int] | None
     parameters: int
@@ -104,9 +104,12 @@ class Plan:
 
     def summary(self) -> tuple[str, ...]:
         """The totals, in a few lines."""
+        options = self.options
         lines = [
-            f"SE on {len(self.chosen)} of {len(self.convs)} convs, min_channels={self.min_channels}"
-            + (f" (resolves to {self.threshold})" if self.min_channels == "auto" else ""),
+            f"SE on {len(self.chosen)} of {len(self.convs)} convs, min_channels={options.min_channels}"
+            + (f" (resolves to {self.threshold})" if options.min_channels == "auto" else ""),
+            f"blocks behind the {options.placement}, init={options.init}"
+            + (": the network computes what it did before" if options.init == "identity" else ""),
             f"parameters: {self.parameters:,} + {self.added_parameters:,}"
             + _percent(self.added_parameters, self.parameters),
         ]
@@ -150,6 +153,8 @@ def plan(
     min_channels_of: str = SqueezeExciteOptions.min_channels_of,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
+    init: str = SqueezeExciteOptions.init,
+    placement: str = SqueezeExciteOptions.placement,
     image_size: int | tuple[int, int] | None = None,
 ) -> Plan:
     """Predicts `composer_se.apply_squeeze_excite` with the same arguments. Changes nothing.
@@ -164,6 +169,8 @@ def plan(
         min_channels_of: As there. Default: ``"output"``.
         include: As there. Default: all.
         exclude: As there. Default: none.
+        init: As there. Default: ``"default"``.
+        placement: As there. Default: ``"conv"``.
         image_size: Height and width of the input in pixels, one number for a square. Default: map sizes are left out.
 
     Returns:
@@ -178,7 +185,7 @@ def plan(
         >>> composer_se.plan(resnet50(), min_channels=512, image_size=224).added_parameters
         2686976
     """
-    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude)
+    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, init, placement)
     selection = select_convs(model, options)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):
@@ -205,7 +212,7 @@ def plan(
         notes.append("no conv is chosen")
     return Plan(
         convs=convs,
-        min_channels=min_channels,
+        options=options,
         threshold=selection.min_channels,
         image_size=size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),

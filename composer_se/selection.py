@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from composer_se.modules import SqueezeExciteConv2d
+from composer_se.norm_module import SqueezeExciteNorm2d
 from composer_se.options import RECOMMENDED_MIN_CHANNELS, SqueezeExciteOptions, latent_width
 
 __all__ = ["ConvChoice", "Selection", "select_convs"]
@@ -82,7 +83,8 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     Raises:
         TypeError: If the model is wrapped in DDP or FSDP.
-        ValueError: If a pattern matches no conv, or the model is itself a conv.
+        ValueError: If a pattern matches no conv, the model is itself a conv, or a block goes behind the norm that
+            follows and there is none.
     """
     include, exclude = tuple(options.include or ()), tuple(options.exclude or ())
     _check_model(model)
@@ -123,7 +125,10 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
             return ConvChoice(name, conv, False, f"{count(conv)} channels < {threshold}", 0, too_narrow=True)
         return ConvChoice(name, conv, True, "chosen", latent_width(options.latent_channels, conv.out_channels))
 
-    return Selection(tuple(choose(conv) for conv in names), threshold)
+    choices = tuple(choose(conv) for conv in names)
+    if options.placement == "norm":
+        _check_norms(model, choices)
+    return Selection(choices, threshold)
 
 
 def _check_model(model: nn.Module) -> None:
@@ -165,9 +170,20 @@ def _conv_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _convs_with_block(model: nn.Module) -> dict[nn.Module, int]:
-    """The convs that carry a block of ours, with its width."""
+    """The convs that have a block of ours, behind them or behind the norm that follows, with its width."""
     wrappers = (module for module in model.modules() if isinstance(module, SqueezeExciteConv2d))
-    return {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
+    widths = {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
+    norms = following_norms(model).items()
+    return widths | {conv: n.se.latent_channels for conv, n in norms if isinstance(n, SqueezeExciteNorm2d)}
+
+
+def _check_norms(model: nn.Module, choices: Sequence[ConvChoice]) -> None:
+    norms = following_norms(model)
+    if without := [choice.name for choice in choices if choice.chosen and choice.conv not in norms]:
+        raise ValueError(
+            f'placement is "norm", but no norm follows {len(without)} of the chosen convs ({", ".join(without[:3])}'
+            f'{", …" if len(without) > 3 else ""}). Leave them out with exclude, or set placement="conv".'
+        )
 
 
 def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:

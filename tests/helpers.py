@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
-def plain_gate(u: Tensor, z: Tensor) -> Tensor:
+def plain_gate(u: Tensor, z: Tensor, limit: float = 1.0) -> Tensor:
     """The product as the paper writes it, under plain autograd."""
-    return u * torch.sigmoid(z)[..., None, None]
+    return u * limit * torch.sigmoid(z)[..., None, None]
 
 
 def plain_squeeze_excite(u: Tensor, w1: Tensor, w2: Tensor) -> Tensor:

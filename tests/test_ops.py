@@ -30,6 +30,9 @@ TOLERANCE = {
 }
 
 
+LIMIT = 1.7  # of the gates; blocks have 1 or 2
+
+
 def leaves(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     maps = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
@@ -39,7 +42,7 @@ def leaves(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[
 
 def squeeze_and_gate(u: Tensor, z: Tensor) -> Tensor:
     """Both gradients of ``u`` together, as in a block: through the product and through the squeeze."""
-    return ops.gate(u, z + ops.squeeze(u, ops.Link())[1].to(u.dtype))
+    return ops.gate(u, z + ops.squeeze(u, ops.Link())[1].to(u.dtype), LIMIT)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -50,7 +53,7 @@ def test_gate_is_the_plain_formula(shape, dtype) -> None:
     out = squeeze_and_gate(u, z)
     grads = torch.autograd.grad(out, (u, z), g)
 
-    expected = plain_gate(u, z + u.mean((-2, -1)))
+    expected = plain_gate(u, z + u.mean((-2, -1)), LIMIT)
     expected_grads = torch.autograd.grad(expected, (u, z), g)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, **TOLERANCE[dtype])
@@ -95,7 +98,7 @@ def test_variance_is_as_exact_as_its_input_however_far_the_mean(offset) -> None:
 
 def conv_se_norm(u: Tensor, w1: Tensor, w2: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
     """The plain formula."""
-    return norm(plain_gate(u, torch.relu(u.mean((2, 3)) @ w1.T) @ w2.T))
+    return norm(plain_gate(u, torch.relu(u.mean((2, 3)) @ w1.T) @ w2.T, LIMIT))
 
 
 def fused(
@@ -105,7 +108,8 @@ def fused(
     through, p = ops.squeeze(u, link)
     z = torch.relu(p.to(u.dtype) @ w1.T) @ w2.T
     norm = replace(norm, weight=weight, bias=bias)
-    return ops.gated_norm(u, u, p, z, norm, None) if again else ops.gated_norm(through, u, p, z, norm, link)
+    through, taken = (u, None) if again else (through, link)
+    return ops.gated_norm(through, u, p, z, LIMIT, norm, taken)
 
 
 def running(dtype: torch.dtype) -> tuple[Tensor, Tensor]:

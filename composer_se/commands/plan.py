@@ -40,6 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choice.add_argument("--include", action="append", metavar="GLOB", help="only convs that match; may be repeated")
     choice.add_argument("--exclude", action="append", metavar="GLOB", help="no conv that matches; may be repeated")
+    choice.add_argument("--init", choices=("default", "identity"), help="how blocks start (default: default)")
+    choice.add_argument("--placement", choices=("conv", "norm"), help="what the blocks follow (default: conv)")
     parser.add_argument(
         "--image-size",
         type=_size,
@@ -92,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def as_json(planned: Plan) -> dict[str, Any]:
     """A plan for JSON: totals, notes and one object per conv."""
     return {
-        "min_channels": planned.min_channels,
+        **asdict(planned.options),
         "threshold": planned.threshold,
         "image_size": planned.image_size,
         "parameters": planned.parameters,
@@ -114,6 +116,8 @@ def _options(args: argparse.Namespace, recipe: SqueezeExciteOptions | None) -> S
         "latent_channels": None if args.latent_channels is None else read_latent_channels(args.latent_channels),
         "include": args.include,
         "exclude": args.exclude,
+        "init": args.init,
+        "placement": args.placement,
     }
     given = {option: value for option, value in given.items() if value is not None}
     return replace(recipe or SqueezeExciteOptions(), **given)

@@ -1,0 +1,177 @@
+"""The norm whose output is scaled by a Squeeze-and-Excitation block: the paper's order, conv, norm, block.
+
+Squeeze-and-Excitation Networks, Hu et al., https://arxiv.org/abs/1709.01507, figures 2 and 3. With the means ``p`` and
+the variances ``q`` of the maps of the conv's output ``u``, batch norm with its scale ``i = γ / sqrt(r + ε)`` makes
+
+    x = i (u - m) + β,      m = mean of p,  r = mean of q + (p - m)²     over the batch
+    y = s x = s i (u - p) + s o,    o = i (p - m) + β                    the squeeze of x is o
+
+So the block costs no pass of its own and keeps no map: the norm's two passes see ``u``, all between them is arithmetic
+on numbers per map, under ordinary autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from composer_se import ops
+from composer_se.modules import SqueezeExcite2d
+from composer_se.wrapper import SqueezeExcited, is_plain
+
+__all__ = ["SqueezeExciteNorm2d"]
+
+
+class SqueezeExciteNorm2d(SqueezeExcited):
+    """A norm whose output is scaled by a Squeeze-and-Excitation block.
+
+    Args:
+        norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. `torch.nn.BatchNorm2d` takes the gates
+            along while gradients are recorded; behind other norms the block has passes of its own.
+        num_features: Channels of the map.
+        latent_channels: Hidden width of the block: a whole number >= 1, or a share of ``num_features`` in (0, 1).
+            Default: ``0.125``.
+        init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
+        **factory: ``device`` and ``dtype`` of the block's weights. Default: PyTorch's.
+
+    Raises:
+        TypeError: If ``latent_channels`` is not a number.
+        ValueError: If ``latent_channels`` or ``init`` is out of range.
+
+    Attributes:
+        norm: The norm.
+    """
+
+    inner = "norm"
+    norm: nn.Module
+
+    def __init__(
+        self,
+        norm: nn.Module,
+        num_features: int,
+        latent_channels: float = 0.125,
+        *,
+        init: str = "default",
+        **factory: Any,
+    ) -> None:
+        super().__init__()
+        self._wrap(norm, SqueezeExcite2d(num_features, latent_channels, init=init, **factory))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm's output with every map scaled by its gate."""
+        if torch.jit.is_scripting():
+            return self.se(self.norm(input))
+        return self._normalise(input)
+
+    @torch.jit.unused
+    def _normalise(self, u: Tensor) -> Tensor:
+        norm: Any = self.norm
+        se: SqueezeExcite2d = self.se
+        if ops.takes_plain_formula(u) or not is_plain(se, SqueezeExcite2d, "forward"):
+            return se(norm(u))
+        owned = is_plain(norm, nn.BatchNorm2d, "forward")
+        if not torch.is_grad_enabled():
+            y = norm(u)
+            z = se.excite(y.mean((-2, -1)))
+            return ops.gate_(y, z, se.gate_limit) if owned else ops.gate(y, z, se.gate_limit)
+        # PyTorch's norm as long as all gates are 1, for the same bits as before the surgery.
+        if owned and _takes_gates(norm, u) and not se.is_identity():
+            return _batch_norm_and_gate(u, norm, se)
+        return se(norm(u))
+
+
+def _takes_gates(norm: nn.BatchNorm2d, u: Tensor) -> bool:
+    """Whether map and norm are of the ordinary kind; PyTorch shall see what it would refuse or convert."""
+    own = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    numbers = torch.float64 if u.dtype == torch.float64 else torch.float32
+    return (
+        ops.takes_norm(u)
+        and all(type(t) in (Tensor, nn.Parameter) and t.device == u.device for t in own)
+        and all(t.shape == u.shape[1:2] and t.dtype in (u.dtype, numbers) for t in own)
+        and (norm.running_mean is None) == (norm.running_var is None)
+    )
+
+
+def _batch_norm_and_gate(u: Tensor, norm: Any, se: SqueezeExcite2d) -> Tensor:
+    """``se(norm(u))`` in the passes of the norm."""
+    link = ops.Link()
+    of_batch = norm.training or norm.running_mean is None
+    moments: Any = _Moments.apply(u, link, of_batch)
+    through, p, q = moments
+    if of_batch:
+        m = p.mean(0)
+        d = p - m
+        r = (q + d.square()).mean(0)
+        with torch.no_grad():
+            _update_running_statistics(norm, m, r, u.numel() // u.shape[1])
+    else:
+        d, r = p - norm.running_mean, norm.running_var.to(p.dtype)
+    i = (r + norm.eps).rsqrt()
+    if norm.weight is not None:
+        i = i * norm.weight
+    o = d * i
+    if norm.bias is not None:
+        o = o + norm.bias
+    s = ops.gates(se.excite(o.to(u.dtype)).to(p.dtype), se.gate_limit)
+    return _Affine.apply(through, p, s * i, s * o, link)  # pyright: ignore[reportReturnType]
+
+
+def _update_running_statistics(norm: nn.BatchNorm2d, m: Tensor, r: Tensor, count: int) -> None:
+    """What `torch.nn.BatchNorm2d` does in training mode, given means and variances of ``count`` numbers each."""
+    if norm.running_mean is None or norm.running_var is None or not norm.track_running_stats:
+        return
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1 / float(norm.num_batches_tracked)
+    ops.Norm(None, norm.eps, None, None, norm.running_mean, norm.running_var, momentum or 0.0).update(m, r, count)
+
+
+class _Moments(torch.autograd.Function):
+    """``u`` for one use by `_Affine`, with the means and, if asked for, the variances of its maps, (N, C)."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, link: ops.Link, with_variance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        p = ops.mean(u)
+        ctx.link = link
+        ctx.save_for_backward(u, p)
+        ctx.set_materialize_grads(False)
+        return u.view_as(u), p, ops.variance(u, p) if with_variance else None
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
+        (g, dp, dq), (u, p), link = grads, ctx.saved_tensors, ctx.link
+        if g is None:
+            return None, None, None
+        area = u.shape[2] * u.shape[3]
+        if link.a is not None:
+            return ops.gradient_of_maps(g, u, p, link.a, dp, dq), None, None
+        # For a second derivative: `g` is that of `u` alone, and all is recorded.
+        for d, of_u in ((dp, 1 / area), (dq, 2 / area * (u - ops.over_maps(p)))):
+            g = g if d is None else g + (ops.over_maps(d) * of_u).to(g.dtype)
+        return g, None, None
+
+
+class _Affine(torch.autograd.Function):
+    """``a (u - p) + b`` for maps and numbers per map; leaves the pass that writes dL/du to `_Moments`."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, p: Tensor, a: Tensor, b: Tensor, link: ops.Link) -> Tensor:
+        ctx.save_for_backward(u, p, a)
+        ctx.link = link
+        return ops.affine(u, p, a, b)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        (u, p, a), link, g = ctx.saved_tensors, ctx.link, grads[0].contiguous()
+        if torch.is_grad_enabled():
+            link.a = None
+            numbers = g.to(p.dtype)
+            da, db = (numbers * (u - ops.over_maps(p))).sum((2, 3)), numbers.sum((2, 3))
+            return (numbers * ops.over_maps(a)).to(g.dtype), -a * db, da, db, None
+        link.a = a
+        da, db = ops.weighted_sums(g, u, p)
+        return g, -a * db, da, db, None
