@@ -1,4 +1,7 @@
-"""Models as their libraries build them, made in a fraction of the time: random numbers are copied, not drawn."""
+"""Models as their libraries build them, made in a fraction of the time, and the smallest input of each.
+
+Random numbers are copied, not drawn.
+"""
 
 from __future__ import annotations
 
@@ -59,3 +62,47 @@ def build(constructor: Callable[..., nn.Module], *args: Any, **kwargs: Any) -> n
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     return model
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors of a model's output, whatever it is made of."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors_of(value)
+    elif isinstance(output, list | tuple):
+        for value in output:
+            yield from tensors_of(value)
+
+
+def classifier_arguments(name: str) -> tuple[int, dict[str, Any]]:
+    """For a classifier of torchvision: the least image size that works, in pixels, and its constructor's arguments."""
+    if name.startswith("vit"):
+        size = 2 * int(name.split("_")[-1])
+        return size, {"image_size": size}
+    if name in ("googlenet", "inception_v3"):
+        return (64 if name == "googlenet" else 299), {"init_weights": False}
+    if name == "maxvit_t":
+        return 224, {}
+    has_se_blocks = name.startswith(("efficientnet", "mobilenet_v3", "regnet_y"))
+    return (64 if has_se_blocks or name == "alexnet" else 32), {}
+
+
+def detection_arguments(name: str) -> dict[str, Any]:
+    """For a detector of torchvision: its constructor's arguments, for images of 64 pixels."""
+    arguments: dict[str, Any] = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
+    if "rcnn" in name:  # 8 proposals instead of 2000: the heads take most of the time
+        arguments |= {"rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 8, "box_batch_size_per_image": 8}
+    return {"weights": None, "weights_backbone": None, **arguments}
+
+
+def detection_targets() -> list[dict[str, Tensor]]:
+    """Targets of a detector for two images of 64 pixels."""
+    one = {
+        "boxes": torch.tensor([[32.0 - r, 32.0 - r, 32.0 + r, 32.0 + r] for r in (6, 11, 16, 21, 26, 31)]),
+        "labels": torch.ones(6, dtype=torch.long),
+        "masks": torch.ones(6, 64, 64, dtype=torch.uint8),
+        "keypoints": torch.tensor([[[30.0, 30.0, 1.0]] * 17] * 6),
+    }
+    return [one] * 2

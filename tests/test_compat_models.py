@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cheap_models import build
+from cheap_models import build, classifier_arguments, detection_arguments, detection_targets, tensors_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -30,18 +30,6 @@ SE_BLOCKS = (
     "ChannelAttn",
     "SelectiveKernelAttn",
 )
-
-
-def tensors_of(output: Any) -> Iterator[Tensor]:
-    """The tensors of a model's output, whatever it is made of."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from tensors_of(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from tensors_of(value)
 
 
 def form_of(output: Any) -> list[tuple[torch.Size, torch.dtype]]:
@@ -71,7 +59,7 @@ def watch_for_single_pixels(model: nn.Module) -> Callable[[dict[str, SqueezeExci
             conv.register_forward_pre_hook(watch)
 
     def check(added: dict[str, SqueezeExciteConv2d]) -> None:
-        assert [name for name, layer in added.items() if layer.conv in on_single_pixels] == []
+        assert [name for name, layer in added.items() if layer.layer in on_single_pixels] == []
 
     return check
 
@@ -112,25 +100,12 @@ WITHOUT_A_WIDE_CONV = ("swin_t", "swin_s", "swin_v2_t", "swin_v2_s")
 LARGE_PARAMETERS = 2**18
 
 
-def classifier_input(name: str) -> tuple[int, dict[str, Any]]:
-    """The least image size that works, in pixels, and arguments for the constructor."""
-    if name.startswith("vit"):
-        size = 2 * int(name.split("_")[-1])
-        return size, {"image_size": size}
-    if name in ("googlenet", "inception_v3"):
-        return (64 if name == "googlenet" else 299), {"init_weights": False}
-    if name == "maxvit_t":
-        return 224, {}
-    has_se_blocks = name.startswith(("efficientnet", "mobilenet_v3", "regnet_y"))
-    return (64 if has_se_blocks or name == "alexnet" else 32), {}
-
-
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
 def test_torchvision_classification(
     name: str, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
 ) -> None:
     """torchvision: classification."""
-    size, arguments = classifier_input(name)
+    size, arguments = classifier_arguments(name)
     model = build(torchvision.models.get_model, name, **arguments)
     for parameter in model.parameters():  # a gradient less for what holds nearly all of the memory
         parameter.requires_grad = parameter.numel() < LARGE_PARAMETERS
@@ -158,24 +133,13 @@ def test_torchvision_segmentation(name: str) -> None:
     assert form_of(output) == [((2, 21, 32, 32), torch.float32)]
 
 
-DETECTION_TARGETS = {
-    "boxes": torch.tensor([[32.0 - r, 32.0 - r, 32.0 + r, 32.0 + r] for r in (6, 11, 16, 21, 26, 31)]),
-    "labels": torch.ones(6, dtype=torch.long),
-    "masks": torch.ones(6, 64, 64, dtype=torch.uint8),
-    "keypoints": torch.tensor([[[30.0, 30.0, 1.0]] * 17] * 6),
-}
-
-
 @pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models.detection))
 def test_torchvision_detection(name: str) -> None:
     """torchvision: detection."""
-    arguments = {} if name.startswith("ssd") else {"min_size": 64, "max_size": 64}
-    if "rcnn" in name:  # 8 proposals instead of 2000: the heads take most of the time
-        arguments |= {"rpn_post_nms_top_n_train": 8, "rpn_post_nms_top_n_test": 8, "box_batch_size_per_image": 8}
-    model = build(torchvision.models.get_model, name, weights=None, weights_backbone=None, **arguments)
+    model = build(torchvision.models.get_model, name, **detection_arguments(name))
     images = list(torch.rand(2, 3, 64, 64))
     # SSD's loss takes some anchors of each image, and none of the coarsest maps may be among them.
-    losses, _ = train_step(model, images, [DETECTION_TARGETS] * 2, unreached="head.*.module_list.*")
+    losses, _ = train_step(model, images, detection_targets(), unreached="head.*.module_list.*")
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
     with torch.no_grad():
         detections = model.eval()(images)
