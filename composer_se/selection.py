@@ -99,11 +99,11 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     def why_not(conv: nn.Conv2d) -> str | None:
         if conv in attached or getattr(conv, "_already_squeeze_excited", False):
             return HAS_SE
-        if conv in unsuited and not any(_without_prefix(name) in map(_without_prefix, include) for name in names[conv]):
+        if conv in unsuited and not any(without_prefix(name) in map(without_prefix, include) for name in names[conv]):
             return unsuited[conv]
-        if include and not _match(include, names[conv]):
+        if include and not match_pattern(include, names[conv]):
             return "matches no include pattern"
-        if excluding := _match(exclude, names[conv]):
+        if excluding := match_pattern(exclude, names[conv]):
             return f"excluded by {excluding!r}"
         return None
 
@@ -151,7 +151,7 @@ def check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, wrappers):
             raise TypeError(
                 f"{name or 'The model'} is wrapped in {type(module).__name__}, which has registered its parameters "
-                "already. Apply Squeeze-and-Excitation to the bare model, then wrap it."
+                "already. Give the bare model, then wrap it."
             )
 
 
@@ -266,25 +266,26 @@ def _convs_behind_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
 
 
 def _check_patterns(patterns: tuple[str, ...], option: str, names: dict[nn.Conv2d, list[str]]) -> None:
-    all_names = [_without_prefix(name) for conv_names in names.values() for name in conv_names]
+    all_names = [without_prefix(name) for conv_names in names.values() for name in conv_names]
     for pattern in patterns:
-        if _match((pattern,), all_names) is None:
-            nearest = difflib.get_close_matches(_without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
+        if match_pattern((pattern,), all_names) is None:
+            nearest = difflib.get_close_matches(without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
             raise ValueError(
                 f"{option} has the pattern {pattern!r}, which matches no Conv2d of the model. "
                 + (f"Nearest names: {', '.join(nearest)}." if nearest else "The model has no Conv2d.")
             )
 
 
-def _match(patterns: tuple[str, ...], names: Sequence[str]) -> str | None:
-    """The first pattern that matches one of the names, or a module around it."""
+def match_pattern(patterns: tuple[str, ...], names: Sequence[str]) -> str | None:
+    """The first pattern that matches one of the qualified names, or a module around it; None if none does."""
     for pattern in patterns:
-        bare = _without_prefix(pattern)
-        for name in map(_without_prefix, names):
+        bare = without_prefix(pattern)
+        for name in map(without_prefix, names):
             if fnmatch.fnmatchcase(name, bare) or fnmatch.fnmatchcase(name, f"{bare}.*"):
                 return pattern
     return None
 
 
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """A qualified name without the leading ``module.`` that wrappers add."""
     return name.removeprefix("module.")
