@@ -86,21 +86,21 @@ def _chosen(model: nn.Module, patterns: Sequence[str]) -> set[_Part]:
         if pattern in _WORDS:
             meaning, find = _WORDS[pattern]
             found = set(find(model))
-            fault = f"{pattern!r} stands for {meaning}, and the model has none"
+            fault = f"{pattern!r} stands for {meaning}, and the model has none."
         else:
             found = {part for part in names if match_pattern((pattern,), names[part])}
-            fault = f"The pattern {pattern!r} matches no parameter of the model"
+            fault = f"{pattern!r} matches no parameter of the model. Nearest names: {_nearest(model, pattern)}."
         if not found:
-            raise ValueError(f"{fault}. Nearest names: {', '.join(_nearest(model, pattern))}.")
+            raise ValueError(fault)
         chosen |= found
     return chosen
 
 
-def _nearest(model: nn.Module, pattern: str) -> list[str]:
+def _nearest(model: nn.Module, pattern: str) -> str:
     modules = (name for name, _ in model.named_modules() if name not in ("", "module"))
-    names = [without_prefix(name) for name in (*modules, *(name for name, _ in model.named_parameters()))]
-    known = [word for word in _WORDS if word != pattern] + names
-    return difflib.get_close_matches(without_prefix(pattern), known, n=3, cutoff=0.3) or known[:3]
+    names = (*modules, *(name for name, _ in model.named_parameters()))
+    known = [*_WORDS, *map(without_prefix, names)]
+    return ", ".join(difflib.get_close_matches(without_prefix(pattern), known, n=3, cutoff=0.3) or known[:3])
 
 
 def _blocks(model: nn.Module) -> Iterator[Parameter]:
