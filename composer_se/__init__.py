@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from composer_se.norm_module import SqueezeExciteNorm2d
     from composer_se.options import SqueezeExciteOptions
     from composer_se.planning import Plan, plan
+    from composer_se.trainable import train_only
 
 __all__ = [
     "GateMonitor",
@@ -31,6 +32,7 @@ __all__ = [
     "plan",
     "remove_squeeze_excite",
     "surgery",
+    "train_only",
 ]
 
 __version__ = "0.1.0"
@@ -50,6 +52,7 @@ _MODULES = {
     "apply_squeeze_excite": "composer_se.functional",
     "plan": "composer_se.planning",
     "remove_squeeze_excite": "composer_se.functional",
+    "train_only": "composer_se.trainable",
 }
 
 

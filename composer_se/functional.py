@@ -20,9 +20,10 @@ from composer_se.selection import (
     following_norms,
     select_convs,
 )
+from composer_se.trainable import train_only
 from composer_se.wrapper import SqueezeExcited, mark_as_squeeze_excited
 
-__all__ = ["apply_squeeze_excite", "remove_squeeze_excite"]
+__all__ = ["apply_squeeze_excite", "remove_squeeze_excite", "train_only"]
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ def apply_squeeze_excite(
         latent_channels, min_channels, min_channels_of, include, exclude, init, placement, inplace
     )
     selection = select_convs(model, options)
-    _check_optimizers(model, optimizers)
+    surgery.check_optimizers(model, optimizers)
     if not selection.chosen:
         _warn_of_no_conv(model, selection)
         return {}
@@ -132,23 +133,6 @@ def remove_squeeze_excite(
     for module in (part for layer in marked for part in layer.modules()):
         mark_as_squeeze_excited(module, False)
     return {name: bare[wrapper] for wrapper, name in names.items()}
-
-
-def _check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None) -> None:
-    if optimizers is None:
-        return
-    parameters = set(model.parameters())
-    for optimizer in (optimizers,) if isinstance(optimizers, Optimizer) else optimizers:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(
-                f"optimizers holds a {type(optimizer).__name__}; give the torch optimizers of the model's parameters."
-            )
-        held = (parameter for group in optimizer.param_groups for parameter in group["params"])
-        if not any(parameter in parameters for parameter in held):
-            raise ValueError(
-                f"{type(optimizer).__name__} holds none of the model's parameters. "
-                "Give the optimizer that was built from this model, or none and build it afterwards."
-            )
 
 
 def _warn_of_no_conv(model: nn.Module, selection: Selection) -> None:

@@ -83,8 +83,8 @@ class SqueezeExciteOptions:
         normalised = {
             "latent_channels": int(width) if width >= 1 else float(width),
             "min_channels": self.min_channels if isinstance(self.min_channels, str) else int(self.min_channels),
-            "include": _as_patterns(self.include, "include"),
-            "exclude": _as_patterns(self.exclude, "exclude"),
+            "include": as_patterns(self.include, "include"),
+            "exclude": as_patterns(self.exclude, "exclude"),
         }
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
@@ -154,11 +154,11 @@ def _check_min_channels(min_channels: int | str) -> None:
         raise ValueError(f"min_channels is {min_channels!r}. {advice}")
 
 
-def _as_patterns(patterns: Patterns, option: str) -> tuple[str, ...] | None:
+def as_patterns(patterns: Patterns, option: str) -> tuple[str, ...] | None:
     if patterns is None:
         return None
     as_tuple = (patterns,) if isinstance(patterns, str) else tuple(patterns)
     for pattern in as_tuple:
         if not isinstance(pattern, str):
-            raise TypeError(f"{option} holds {pattern!r}; give glob patterns over qualified module names, as strings.")
+            raise TypeError(f"{option} holds {pattern!r}; give glob patterns over qualified names, as strings.")
     return as_tuple or None

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from composer_se.modules import SqueezeExciteConv2d
 from composer_se.norm_module import SqueezeExciteNorm2d
 from composer_se.options import RECOMMENDED_MIN_CHANNELS, SqueezeExciteOptions, latent_width
+from composer_se.wrapper import SqueezeExcited
 
 __all__ = ["ConvChoice", "Selection", "select_convs"]
 
@@ -101,11 +102,11 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     def why_not(conv: nn.Conv2d) -> str | None:
         if conv in attached or getattr(conv, "_already_squeeze_excited", False):
             return HAS_SE
-        if conv in unsuited and not any(_without_prefix(name) in map(_without_prefix, include) for name in names[conv]):
+        if conv in unsuited and not any(without_prefix(name) in map(without_prefix, include) for name in names[conv]):
             return unsuited[conv]
-        if include and not _match(include, names[conv]):
+        if include and not match_pattern(include, names[conv]):
             return "matches no include pattern"
-        if excluding := _match(exclude, names[conv]):
+        if excluding := match_pattern(exclude, names[conv]):
             return f"excluded by {excluding!r}"
         return None
 
@@ -156,7 +157,7 @@ def check_not_wrapped(model: nn.Module) -> None:
         if isinstance(module, wrappers):
             raise TypeError(
                 f"{name or 'The model'} is wrapped in {type(module).__name__}, which has registered its parameters "
-                "already. Apply Squeeze-and-Excitation to the bare model, then wrap it."
+                "already. Give the bare model, then wrap it."
             )
 
 
@@ -229,7 +230,8 @@ def is_norm(module: nn.Module) -> bool:
     Such a layer keeps its input for backward and does not change it. In-place activated batch norm (``InPlaceABN``)
     changes its input; the rule leaves it out.
     """
-    return isinstance(module, _NORMS) or "Norm" in type(module).__name__
+    named_like_one = "Norm" in type(module).__name__ and not isinstance(module, SqueezeExcited)
+    return named_like_one or isinstance(module, _NORMS)
 
 
 def following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -242,8 +244,12 @@ def following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
     return {
         module: after[0]
         for module, after in successors.items()
-        if after[0] is not None and all(successor is not None and is_norm(successor) for successor in after)
+        if after[0] is not None and all(successor is not None and _normalises(successor) for successor in after)
     }
+
+
+def _normalises(module: nn.Module) -> bool:
+    return is_norm(module) or isinstance(module, SqueezeExciteNorm2d)
 
 
 _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
@@ -282,25 +288,26 @@ def _convs_behind_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
 
 
 def _check_patterns(patterns: tuple[str, ...], option: str, names: dict[nn.Conv2d, list[str]]) -> None:
-    all_names = [_without_prefix(name) for conv_names in names.values() for name in conv_names]
+    all_names = [without_prefix(name) for conv_names in names.values() for name in conv_names]
     for pattern in patterns:
-        if _match((pattern,), all_names) is None:
-            nearest = difflib.get_close_matches(_without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
+        if match_pattern((pattern,), all_names) is None:
+            nearest = difflib.get_close_matches(without_prefix(pattern), all_names, n=3, cutoff=0.3) or all_names[:3]
             raise ValueError(
                 f"{option} has the pattern {pattern!r}, which matches no Conv2d of the model. "
                 + (f"Nearest names: {', '.join(nearest)}." if nearest else "The model has no Conv2d.")
             )
 
 
-def _match(patterns: tuple[str, ...], names: Sequence[str]) -> str | None:
-    """The first pattern that matches one of the names, or a module around it."""
+def match_pattern(patterns: tuple[str, ...], names: Sequence[str]) -> str | None:
+    """The first pattern that matches one of the qualified names, or a module around it; None if none does."""
     for pattern in patterns:
-        bare = _without_prefix(pattern)
-        for name in map(_without_prefix, names):
+        bare = without_prefix(pattern)
+        for name in map(without_prefix, names):
             if fnmatch.fnmatchcase(name, bare) or fnmatch.fnmatchcase(name, f"{bare}.*"):
                 return pattern
     return None
 
 
-def _without_prefix(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """A qualified name without the leading ``module.`` that wrappers add."""
     return name.removeprefix("module.")

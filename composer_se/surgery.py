@@ -110,6 +110,48 @@ def update_params_in_optimizer(
     _update_optimizers([(old_params, new_params)], _as_sequence(optimizers))
 
 
+def limit_optimizers(
+    model: nn.Module, trained: Container[Parameter], optimizers: Optimizer | Sequence[Optimizer]
+) -> None:
+    """Makes optimizers hold those parameters of a model that train, and no others.
+
+    Those that don't train leave with their state. Those that no optimizer holds join the first group of the first.
+
+    Args:
+        model: The model. Parameters of other models stay where they are.
+        trained: The parameters that train.
+        optimizers: One optimizer or several.
+    """
+    optimizers = _as_sequence(optimizers)
+    names = _parameter_names(model)
+    frozen = [parameter for parameter in names if parameter not in trained]
+    _update_optimizers([(frozen, ()), ((), [p for p in names if p in trained])], optimizers)
+    _rename_in_optimizers(optimizers, names, names)
+
+
+def check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None) -> None:
+    """Checks that optimizers are those of a model. One that holds nothing any more is accepted.
+
+    Raises:
+        TypeError: If one is no optimizer.
+        ValueError: If one holds none of the model's parameters.
+    """
+    if optimizers is None:
+        return
+    parameters = set(model.parameters())
+    for optimizer in _as_sequence(optimizers):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizers holds a {type(optimizer).__name__}; give the torch optimizers of the model's parameters."
+            )
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        if held and parameters.isdisjoint(held):
+            raise ValueError(
+                f"{type(optimizer).__name__} holds none of the model's parameters. "
+                "Give the optimizer that was built from this model, or none and build it afterwards."
+            )
+
+
 def _ask_policies(
     root: nn.Module,
     policies: Mapping[type[nn.Module], ReplacementFunction],

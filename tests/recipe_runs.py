@@ -67,3 +67,13 @@ def train_until(folder: Path, lines: int, stop: signal.Signals, *arguments: str,
 def final_state(folder: Path, run_name: str = "digits") -> dict[str, Any]:
     checkpoint = folder / "runs" / run_name / "checkpoints" / "latest-rank0.pt"
     return torch.load(checkpoint, weights_only=False)["state"]
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    assert first["model"].keys() == second["model"].keys()
+    for name, weight in first["model"].items():
+        assert torch.equal(weight, second["model"][name]), name
+    one, other = first["optimizers"]["SGD"]["state"], second["optimizers"]["SGD"]["state"]
+    assert one.keys() == other.keys()
+    for name, state in one.items():
+        assert torch.equal(state["momentum_buffer"], other[name]["momentum_buffer"]), name

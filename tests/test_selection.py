@@ -185,7 +185,7 @@ def test_model_that_is_wrapped_already_is_refused(wrapper) -> None:
         fully_shard(net, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
     else:
         net = DistributedDataParallel(net)
-    with pytest.raises(TypeError, match=r"wrapped in .* Apply Squeeze-and-Excitation to the bare model, then wrap it"):
+    with pytest.raises(TypeError, match=r"wrapped in .* Give the bare model, then wrap it"):
         select(nn.ModuleDict({"net": net}) if wrapper == "inner ddp" else net, 4, 8)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import TINY, final_state, train, train_until
+from recipe_runs import TINY, assert_same_weights, final_state, train, train_until
 
 import composer_se
 from composer_se.recipe.data import digits
@@ -16,16 +16,6 @@ from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.models import build_network
 
 pytestmark = pytest.mark.launch
-
-
-def assert_same_weights(first: dict, second: dict) -> None:
-    assert first["model"].keys() == second["model"].keys()
-    for name, weight in first["model"].items():
-        assert torch.equal(weight, second["model"][name]), name
-    one, other = first["optimizers"]["SGD"]["state"], second["optimizers"]["SGD"]["state"]
-    assert one.keys() == other.keys()
-    for name, state in one.items():
-        assert torch.equal(state["momentum_buffer"], other[name]["momentum_buffer"]), name
 
 
 def read_lines(folder: Path) -> list[dict]:

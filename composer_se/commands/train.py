@@ -108,6 +108,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
     table.add_row("parameters", f"{total:,}")
     share = f" (+{added / (total - added):.2%})" if added else ""
     table.add_row("of these added by SE", f"{added:,}{share}")
+    if (trained := summary.get("trained", total)) < total:  # summaries of earlier versions lack it
+        table.add_row("of these trained", f"{trained:,} ({trained / total:.2%})")
     table.add_row("wall time", duration(summary["wall_seconds"]))
     table.add_row("folder", summary["run_folder"])
     Console().print(table)

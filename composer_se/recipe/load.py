@@ -147,6 +147,8 @@ def _explain(error: OmegaConfBaseException) -> str:
         return f"{key}: unknown key{did_you_mean(key, keys())}"
     if problem.endswith("is not Optional"):
         return f"{key}: required; it can't be null"
+    if "is not a ListConfig" in problem:
+        return f"{key}: expected a list, in brackets: [..., ...]"
     wrong_type = re.fullmatch(r"Value (.*) of type .* could not be converted to (\w+)", problem)
     if wrong_type and wrong_type[2] in _TYPES:
         return f"{key}: expected {_TYPES[wrong_type[2]]}, got {wrong_type[1]}"

@@ -184,6 +184,7 @@ def _is_trained(trainer: Trainer) -> bool:
 def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: float) -> dict[str, Any]:
     state = trainer.state
     layers = metrics.hyperparameters.get("squeeze_excite/num_squeeze_excite_layers", 0)
+    parameters = list(state.model.parameters())
     added = metrics.hyperparameters.get("squeeze_excite/num_added_parameters", 0)
     return {
         "run_name": recipe.run_name,
@@ -193,7 +194,8 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
         "batch": int(state.timestamp.batch),
         "sample": int(state.timestamp.sample),
         "metrics": {name: number for name, number in metrics.latest.items() if name.startswith(_FINAL_METRICS)},
-        "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "trained": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
         "squeeze_excite_layers": layers,
         "squeeze_excite_parameters": added,
         "wall_seconds": round(seconds, 2),

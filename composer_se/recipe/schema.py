@@ -56,6 +56,9 @@ class Recipe:
     optimizer: dict[str, Any] = _key(MISSING, "the optimizer: `name` and its arguments", "speed")
     scheduler: dict[str, Any] | None = _key(None, "the learning rate's schedule: `name` and its arguments", "speed")
     algorithms: dict[str, Any] | None = _key({}, "Composer's algorithms and our SE, by name with arguments", "speed")
+    trainable: list[str] | None = _key(
+        None, "patterns of the parameters that train, or the words `se`, `norms`, `head`; null: all train", "speed"
+    )
     callbacks: dict[str, Any] | None = _key({}, "Composer's callbacks and our `gate_monitor`, likewise", "free")
     loggers: dict[str, Any] | None = _key({}, "Composer's loggers; `metrics.jsonl` needs none", "free")
 

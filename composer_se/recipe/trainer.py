@@ -7,13 +7,15 @@ import functools
 import gc
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import composer
 import torch
 from composer.core import Algorithm, Engine, Event, State
+from composer.core.passes import sort_to_back
+from composer.loggers import Logger
 from composer.models import ComposerClassifier
 from composer.utils import dist, reproducibility
 from torch import Tensor, nn
@@ -26,6 +28,7 @@ from composer_se.recipe.arguments import construct
 from composer_se.recipe.loaders import Split
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.validate import Component, DataPlan, RunPlan
+from composer_se.trainable import train_only
 
 __all__ = [
     "Parts",
@@ -47,7 +50,7 @@ class Parts:
     Attributes:
         network: With the same initial weights for a seed, whatever the algorithms.
         num_classes: The number of its outputs.
-        algorithms: The recipe's.
+        algorithms: The recipe's, and the one that freezes what the recipe does not train.
         optimizer: Of the network's parameters; None where nothing is trained.
         scheduler: Of its learning rate, or None.
         train_loader: This process's share of the training data; None where nothing is trained.
@@ -70,6 +73,8 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
         UserError: A component rejects a value, the data can't be read, or network and data don't fit.
     """
     algorithms = build_algorithms(plan)
+    if recipe.trainable is not None:
+        algorithms.append(_TrainOnly(recipe.trainable))
     scheduler = _build_scheduler(plan.scheduler) if plan.scheduler else None
     reproducibility.seed_all(recipe.seed)  # the same initial weights on every rank
     network = plan.model.build()
@@ -174,6 +179,7 @@ def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
         optimizers=parts.optimizer,
         schedulers=parts.scheduler,
         algorithms=parts.algorithms,
+        algorithm_passes=lambda algorithms, event: sort_to_back(algorithms, _TrainOnly),
         **options,
     )
 
@@ -202,6 +208,22 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+class _TrainOnly(Algorithm):
+    """Freezes the rest of the network once all other algorithms have changed it, and before it is distributed."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self.patterns = patterns
+
+    def match(self, event: Event, state: State) -> bool:
+        return event is Event.INIT
+
+    def apply(self, event: Event, state: State, logger: Logger) -> None:
+        try:
+            train_only(state.model, self.patterns, state.optimizers)
+        except ValueError as error:
+            raise UserError(f"trainable: {one_line(error)}") from error
 
 
 def _build_algorithm(component: Component) -> Algorithm:

@@ -20,6 +20,7 @@ def outcome(summary: Content | None) -> dict[str, str]:
         return {}
     metrics = {name.rpartition("/")[2]: value for name, value in summary["metrics"].items()}
     added, total = summary["squeeze_excite_parameters"], summary["parameters"]
+    trained = summary.get("trained", total)  # summaries of earlier versions lack it
     facts = {
         "held-out accuracy": _format(metrics.get("MulticlassAccuracy"), "{:.2%}"),
         "held-out cross entropy": _format(metrics.get("CrossEntropy"), "{:.4f}"),
@@ -28,6 +29,7 @@ def outcome(summary: Content | None) -> dict[str, str]:
         "SE layers": f"{summary['squeeze_excite_layers']:,}",
         "parameters": f"{total:,}",
         "of these SE": f"{added:,}" + (f" (+{added / (total - added):.1%})" if added else ""),
+        "of these trained": f"{trained:,} ({trained / total:.1%})" if trained < total else "",
         "wall time": duration(summary["wall_seconds"]),
     }
     return {name: value for name, value in facts.items() if value}
