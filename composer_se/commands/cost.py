@@ -25,7 +25,7 @@ from composer_se.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from composer_se.cost.study import Settings
+    from composer_se.cost.settings import Settings
 
 __all__ = ["add_arguments", "run"]
 
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
-    from composer_se.cost.study import Settings
+    from composer_se.cost.settings import Settings
     from composer_se.options import SqueezeExciteOptions
 
     if args.instances < 2:

@@ -1,0 +1,76 @@
+"""The settings of a study."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from composer_se.measure.steps import autocast_context
+from composer_se.options import SqueezeExciteOptions
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured, and how.
+
+    Attributes:
+        min_channels: Settings to compare.
+        squeeze_excite: The other options, the same for all.
+        against_composer: True measures Composer's built-in too, on the same convs.
+        batch_size: Images in a training step and in the larger inference batch.
+        image_size: Height and width in pixels.
+        device: Of networks and images.
+        precision: "fp32", "amp_bf16" or "amp_fp16".
+        channels_last: Memory format of network and images.
+        compiled: True runs networks through `torch.compile`.
+        instances: Copies of each variant; two at least.
+        rounds: Visits to each copy for each kind of step.
+        layers: True measures each different SE layer alone, too, for the one setting that there then is.
+    """
+
+    min_channels: tuple[int | str, ...]
+    squeeze_excite: SqueezeExciteOptions
+    against_composer: bool
+    batch_size: int
+    image_size: int
+    device: torch.device
+    precision: str
+    channels_last: bool
+    compiled: bool
+    instances: int
+    rounds: int
+    layers: bool
+
+    def shared_options(self) -> dict[str, Any]:
+        """The options that all variants with SE share, without those that are None."""
+        options = asdict(self.squeeze_excite)
+        del options["min_channels"]
+        return {name: value for name, value in options.items() if value is not None}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The context of a forward pass."""
+        return autocast_context(self.precision, self.device)()
+
+    def placed(self, network: nn.Module) -> nn.Module:
+        """Brings a network to its device and memory format."""
+        network = network.to(self.device)
+        if self.channels_last:
+            # The overload with a memory format alone is missing from torch's annotations.
+            network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        return network
+
+    def compile(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles a network or function if that was asked for."""
+        if not self.compiled:
+            return forward
+        # Each instance and batch size is a version of the same code; past the limit torch runs it uncompiled, silently.
+        torch._dynamo.config.cache_size_limit = 1 << 16
+        torch._dynamo.config.accumulated_cache_size_limit = 1 << 16
+        return torch.compile(forward, dynamic=False)
