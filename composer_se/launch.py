@@ -21,6 +21,7 @@ __all__ = [
     "leave_interrupted",
     "leave_together",
     "log_on_terminal",
+    "logged_from",
     "say",
     "share_cores",
     "threads_for",
@@ -80,22 +81,33 @@ def leave_interrupted(message: str) -> None:
 def log_on_terminal() -> Iterator[None]:
     """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
     log = logging.getLogger("composer_se")
-    level, propagate = log.level, log.propagate
+    propagate = log.propagate
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False
-    log.setLevel(logging.INFO if is_local_rank_zero() else logging.WARNING)
     # Composer says this of every evaluation set whose last batch is not full.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     # And this of label smoothing, whose targets add up to one but for rounding.
     warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
     try:
-        yield
+        with logged_from(logging.INFO if is_local_rank_zero() else logging.WARNING):
+            yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(level)
         log.propagate = propagate
+
+
+@contextlib.contextmanager
+def logged_from(level: int) -> Iterator[None]:
+    """Shows our own log from this level on, which may be raised while a progress bar is shown."""
+    log = logging.getLogger("composer_se")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def available_cores() -> int:

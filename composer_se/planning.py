@@ -130,15 +130,28 @@ class Plan:
             rows.append(row | {"map_height": height, "map_width": width})
         return rows
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table: its head, and a row for each of `grouped`, without the maps where their sizes are not known."""
+        with_maps = self.multiply_adds is not None
+        # One column for the cost of chosen convs and the reason for the others, so that the table fits 80 characters.
+        gets = f"{'width':>5} {'+weights':>9}" + f" {'+mult-adds':>10}" * with_maps
+        rows: list[tuple[str, ...]] = [("conv", "×", "channels", *["map"] * with_maps, gets)]
+        for conv in self.grouped():
+            cells = [conv.name, str(conv.num_convs), f"{conv.in_channels}→{conv.out_channels}"]
+            gets = f"{conv.latent_channels:>5} {conv.added_parameters:>9,}"
+            if with_maps:
+                cells.append("×".join(map(str, conv.map_size or ())))
+                gets += f" {conv.added_multiply_adds:>10,}"
+            rows.append((*cells, gets if conv.chosen else conv.reason))
+        return rows
+
     def __repr__(self) -> str:
-        header = ("conv", "channels", "map", "SE width", "+params", "+mult-adds", "")
-        rows = [header, *(_cells(conv) for conv in self.grouped())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = []
-        for row in rows:
-            name, *numbers = row[:-1]
-            aligned = [name.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(numbers, widths[1:], strict=True))]
-            table.append("  ".join([*aligned, row[-1]]).rstrip())
+        for name, *numbers, last in rows:
+            aligned = (cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True))
+            table.append("  ".join([name.ljust(widths[0]), *aligned, last]))
         return "\n".join([*table, "", *self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
@@ -314,18 +327,6 @@ def _span(numbers: list[int]) -> str:
     if len(numbers) == numbers[-1] - numbers[0] + 1:
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return f"{{{','.join(map(str, numbers))}}}"
-
-
-def _cells(conv: ConvPlan) -> tuple[str, ...]:
-    return (
-        conv.name,
-        f"{conv.in_channels}→{conv.out_channels}",
-        "×".join(map(str, conv.map_size)) if conv.map_size else "",
-        str(conv.latent_channels) if conv.latent_channels else "-",
-        f"{conv.added_parameters:,}" if conv.chosen else "",
-        f"{conv.added_multiply_adds:,}" if conv.chosen else "",
-        f"each of {conv.num_convs}" if conv.chosen and conv.num_convs > 1 else "" if conv.chosen else conv.reason,
-    )
 
 
 def _percent(added: int, before: int) -> str:
