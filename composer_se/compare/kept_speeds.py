@@ -36,12 +36,6 @@ def read_or_measure_speeds(
     measurement continues with the next one. An arm that came later is measured in rounds with the reference; the
     drift since the reference was measured first is taken out by the reference's own change.
 
-    Args:
-        recipes: Arm name to recipe.
-        reference: Name of the arm that the others are compared with.
-        folder: The comparison's.
-        progress: Called before each turn.
-
     Returns:
         Arm name to speed, the machine that the reference was measured on, and its number of processes.
 
