@@ -20,22 +20,17 @@ __all__ = ["Counts", "count"]
 
 @dataclass(frozen=True)
 class Counts:
-    """Exact costs of one variant.
-
-    Attributes:
-        parameters: Numbers to train.
-        multiply_adds: Of one image's forward pass, in convolutions and matrix products.
-        saved_bytes: Saved for backward by the forward pass and the loss of one batch. Parameters and buffers are not
-            counted; the images, which the first conv saves, are, for the plain network as for the others.
-        passes: Full-size passes that each SE layer adds to conv and norm in a training step, in model order.
-        peak_bytes: Most GPU memory in use during a training step, weights and gradients included, or None on the CPU.
-    """
+    """Exact costs of one variant."""
 
     parameters: int
-    multiply_adds: int
+    multiply_adds: int  # of one image's forward pass, in convolutions and matrix products
+    # What the forward pass and the loss of one batch save for backward: the images too, which the first conv saves,
+    # but no parameters and buffers.
     saved_bytes: int
-    passes: tuple[int, ...]
-    peak_bytes: int | None
+    passes: tuple[
+        int, ...
+    ]  # full-size ones that each SE layer adds to conv and norm in a training step, in model order
+    peak_bytes: int | None  # of a training step, weights and gradients included; None on the CPU
 
 
 def count(variant: Variant, settings: Settings, images: torch.Tensor, targets: torch.Tensor) -> Counts:

@@ -18,19 +18,12 @@ Seconds = Mapping[str, Sequence[Sequence[float]]]
 
 @dataclass(frozen=True)
 class Levels:
-    """The time of each instance as a logarithm, relative to the median of all instances in the same round.
+    """The time of each instance as a logarithm, relative to the median of all instances in the same round."""
 
-    Attributes:
-        of: Per variant, one logarithm for each instance.
-        common: Logarithm of the time in seconds that the levels are relative to, in the median round.
-        deviation: Standard deviation between instances of the same code, pooled over all variants.
-        degrees: Degrees of freedom behind `deviation`.
-    """
-
-    of: dict[str, np.ndarray]
-    common: float
-    deviation: float
-    degrees: int
+    of: dict[str, np.ndarray]  # per variant, one for each instance
+    common: float  # logarithm of the seconds that the levels are relative to, in the median round
+    deviation: float  # between instances of the same code, pooled over all variants
+    degrees: int  # of freedom behind the deviation
 
     def seconds(self, variant: str) -> float:
         """The time of a variant in the median round. `ratio` is the quotient of two such times."""

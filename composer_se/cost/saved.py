@@ -17,12 +17,9 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] =
     without a backward pass.
 
     Args:
-        forward: Runs the forward pass and the loss, with gradients enabled. It is called once, and its result is
-            kept alive until the count is done.
+        forward: Runs the forward pass and the loss, with gradients enabled. Its result is kept alive until the count
+            is done.
         exclude: Tensors whose storages are not counted.
-
-    Returns:
-        Bytes.
     """
     excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
     storages: dict[int, torch.UntypedStorage] = {}

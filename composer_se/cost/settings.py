@@ -18,35 +18,20 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how.
+    """What is measured, and how."""
 
-    Attributes:
-        min_channels: Settings to compare.
-        squeeze_excite: The other options, the same for all.
-        against_composer: True measures Composer's built-in too, on the same convs.
-        batch_size: Images in a training step and in the larger inference batch.
-        image_size: Height and width in pixels.
-        device: Of networks and images.
-        precision: "fp32", "amp_bf16" or "amp_fp16".
-        channels_last: Memory format of network and images.
-        compiled: True runs networks through `torch.compile`.
-        instances: Copies of each variant; two at least.
-        rounds: Visits to each copy for each kind of step.
-        layers: True measures each different SE layer alone, too, for the one setting that there then is.
-    """
-
-    min_channels: tuple[int | str, ...]
-    squeeze_excite: SqueezeExciteOptions
-    against_composer: bool
-    batch_size: int
-    image_size: int
+    min_channels: tuple[int | str, ...]  # settings to compare
+    squeeze_excite: SqueezeExciteOptions  # the other options, the same for all
+    against_composer: bool  # measures Composer's built-in too, on the same convs
+    batch_size: int  # of a training step and of the larger inference batch
+    image_size: int  # height and width in pixels
     device: torch.device
-    precision: str
+    precision: str  # "fp32", "amp_bf16" or "amp_fp16"
     channels_last: bool
-    compiled: bool
-    instances: int
-    rounds: int
-    layers: bool
+    compiled: bool  # through `torch.compile`
+    instances: int  # copies of each variant; two at least
+    rounds: int  # visits to each copy for each kind of step
+    layers: bool  # measures each different SE layer alone, too, for the one setting that there then is
 
     def shared_options(self) -> dict[str, Any]:
         """The options that all variants with SE share, without those that are None."""

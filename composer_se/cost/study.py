@@ -29,28 +29,18 @@ BUSY = 0.5
 
 @dataclass(frozen=True)
 class Study:
-    """The results of a study.
+    """The results of a study."""
 
-    Attributes:
-        network: Name of the network.
-        settings: Its settings.
-        machine: The machine that it was measured on.
-        variants: The plain network first.
-        notes: A line for each setting that was left out, and one if the machine was busy.
-        counts: Per variant.
-        seconds: Per kind of step ("training step", "inference, batch 1", …), per variant, per instance, one time for
-            each round.
-        layers: What SE adds to single layers, or None where that was not asked for.
-    """
-
-    network: str
+    network: str  # its name
     settings: Settings
     machine: Machine
-    variants: list[Variant]
-    notes: list[str]
-    counts: dict[str, Counts]
-    seconds: dict[str, dict[str, list[list[float]]]]
-    layers: LayerTimes | None
+    variants: list[Variant]  # the plain network first
+    notes: list[str]  # one for each setting that was left out, and one if the machine was busy
+    counts: dict[str, Counts]  # by variant
+    seconds: dict[
+        str, dict[str, list[list[float]]]
+    ]  # by kind of step ("training step", …), variant, instance and round
+    layers: LayerTimes | None  # what SE adds to single layers, where that was asked for
 
     @cached_property
     def levels(self) -> dict[str, Levels]:

@@ -23,21 +23,13 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of the network under study.
+    """One variant of the network under study."""
 
-    Attributes:
-        name: As printed in the table.
-        code: Whose SE it has: "plain" (none), "composer-se" or "composer".
-        min_channels: The setting behind it as printed ("128", "auto (512)"), or None for the plain network.
-        layers: Qualified names of the convs that have SE.
-        build: Makes a new instance on the CPU; all instances of a variant have the same weights, and all variants have
-            the same weights where they have the same parameters.
-    """
-
-    name: str
-    code: str
-    min_channels: str | None
-    layers: tuple[str, ...]
+    name: str  # as printed in the table
+    code: str  # whose SE it has: "plain" (none), "composer-se" or "composer"
+    min_channels: str | None  # as printed ("128", "auto (512)"); None for the plain network
+    layers: tuple[str, ...]  # qualified names of the convs that have SE
+    # Makes an instance on the CPU. Where variants have the same parameters, all instances have the same weights.
     build: Callable[[], nn.Module]
 
 
@@ -48,13 +40,9 @@ def make_variants(
     *,
     against_composer: bool,
 ) -> tuple[list[Variant], list[str]]:
-    """The plain network, ours for each setting, and Composer's built-in on the same convs.
+    """The plain network, ours for each setting of `min_channels`, and Composer's built-in on the same convs and widths.
 
-    Args:
-        network: The plain network. It is copied, never changed.
-        min_channels: Settings of `apply_squeeze_excite`, one variant each.
-        squeeze_excite: Its other options.
-        against_composer: True adds Composer's built-in, with the convs and widths of each of ours.
+    The network is copied, never changed.
 
     Returns:
         The variants, the plain network first, and a line for each setting that was left out because no conv
@@ -129,14 +117,7 @@ def composers_layers() -> Any:
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """An SE layer that a network calls.
-
-    Attributes:
-        wrapper: The conv with its SE block.
-        norm: The norm that follows, or None.
-        image: The conv's input for one image, (1, C, H, W).
-        map: Its output, before the block.
-    """
+    """An SE layer that a network calls, the norm behind it, and the conv's input and output for one image."""
 
     wrapper: nn.Module
     norm: nn.Module | None
