@@ -25,12 +25,8 @@ class ConvPlan:
     """The decision on one conv, and the cost that it adds.
 
     Attributes:
-        name: Qualified name.
-        in_channels: Input channels.
-        out_channels: Output channels.
         map_size: Height and width of the conv's output at its first call, or None where that is not known.
-        chosen: True if the conv gets a block.
-        reason: The reason, in a few words.
+        reason: Of the choice, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
         added_parameters: Weights of the new block.
         added_multiply_adds: Of one image's forward pass, in the two matrix products of the new block, as
@@ -56,7 +52,6 @@ class Plan:
     """The decision on every conv of a model, in model order.
 
     Attributes:
-        convs: One entry per conv.
         min_channels: The threshold as given.
         threshold: The threshold in force: ``min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.

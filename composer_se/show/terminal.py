@@ -19,14 +19,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
-    """An empty table.
+    """An empty table: a column of names, in which long ones are broken, and columns of numbers.
 
-    Args:
-        title: Above it.
-        caption: Below it: the meaning of the columns.
-        first: Head of the first column, of names. Long names are broken.
-        others: Heads of the other columns, of numbers.
-        side: Spaces on the left of each column.
+    The caption says what the columns mean; `side` is the space on the left of each.
     """
     table = Table(
         title=escape(title),
@@ -44,11 +39,9 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
 
 @contextmanager
 def progress_bar(*, speaks: bool = True, in_lines: bool = False) -> Iterator[Progress]:
-    """Shows a progress bar on stderr.
+    """Shows a progress bar on stderr, if this process `speaks`.
 
-    Args:
-        speaks: True if this process shows it.
-        in_lines: True prints a line for each new description where stderr is no terminal: for work of hours.
+    `in_lines` prints a line for each new description where stderr is no terminal: for work of hours.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
