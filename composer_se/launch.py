@@ -6,7 +6,6 @@ Imports nothing but the standard library, so that a command can refuse wrong inp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -32,10 +31,8 @@ __all__ = [
 # machine: 20 s with one core taken, 12.8 s passively.
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
-KEEP_FREED_MEMORY = False  # large blocks are not given back to the system, which would fault them in anew
 
 _CHOSEN_HERE = "COMPOSER_SE_CHOOSES_THREADS"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # Long enough for the slowest process to get as far as the fastest.
 _PATIENCE_SECONDS = 30.0
@@ -126,11 +123,6 @@ def share_cores() -> None:
         os.environ["OMP_NUM_THREADS"] = str(available_cores())
         os.environ[_CHOSEN_HERE] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
-    if KEEP_FREED_MEMORY:
-        with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def threads_for(pixels: int) -> int | None:

@@ -10,9 +10,8 @@ from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExciteConv2
 from helpers import cost_settings
 from torch import nn
 
-from composer_se.cost.counts import count
+from composer_se.cost.counts import count, saved_bytes
 from composer_se.cost.passes import FullSizePasses, full_size_passes
-from composer_se.cost.saved import saved_bytes
 from composer_se.cost.variants import Variant
 from composer_se.modules import SqueezeExciteConv2d
 

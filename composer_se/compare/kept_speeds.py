@@ -49,8 +49,8 @@ def read_or_measure_speeds(
     if kept.get(reference, {}).get("recipe") != described[reference]:
         kept = {}
     entries = {name: entry for name, entry in kept.items() if entry.get("recipe") == described.get(name)}
-    rounds = {name: len(entry["speed"]["step"]) for name, entry in entries.items()}
-    missing = {name: range(rounds.get(name, 0), ROUNDS) for name in recipes if rounds.get(name, 0) < ROUNDS}
+    taken = {name: len(entries[name]["speed"]["step"]) if name in entries else 0 for name in recipes}
+    missing = {name: range(rounds, ROUNDS) for name, rounds in taken.items() if rounds < ROUNDS}
     if missing:
         if reference in entries:
             _check_same_machine(entries[reference], recipes[reference], path)

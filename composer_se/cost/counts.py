@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from composer_se.cost.passes import full_size_passes
-from composer_se.cost.saved import saved_bytes
 from composer_se.cost.settings import Settings
 from composer_se.cost.variants import Variant, called_layers
 from composer_se.measure.steps import loss_of, training_step
 
-__all__ = ["Counts", "count"]
+__all__ = ["Counts", "count", "saved_bytes"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,35 @@ def count(variant: Variant, settings: Settings, images: torch.Tensor, targets: t
         passes=passes,
         peak_bytes=peak,
     )
+
+
+def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
+    """Counts the bytes that `forward` leaves saved for its backward pass.
+
+    Every tensor that autograd saves passes through a hook. The hook counts the whole storage behind it once: a tensor
+    saved by two operations, or a view of it, adds nothing. Give parameters and buffers as `exclude`; they exist with or
+    without a backward pass.
+
+    Args:
+        forward: Runs the forward pass and the loss, with gradients enabled. Its result is kept alive until the count
+            is done.
+        exclude: Tensors whose storages are not counted.
+    """
+    excluded = {tensor.untyped_storage().data_ptr() for tensor in exclude}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # Holding the storage keeps its address from being given to another tensor while the count runs.
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in excluded:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+        total = sum(storage.nbytes() for storage in storages.values())
+    del result
+    return total
 
 
 def _multiply_adds(network: nn.Module, image: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from composer_se.cost.variants import CalledLayer, called_layers, composers_laye
 from composer_se.measure.timing import time_in_turns
 from composer_se.measure.uncertainty import Interval, ratio_of_means
 from composer_se.modules import SqueezeExciteConv2d
-from composer_se.show.terminal import Progress
+from composer_se.show.terminal import Progress, counted
 
 __all__ = ["BUILT_IN", "NORM", "NOTHING", "OURS", "LayerKind", "LayerTimes", "measure_layers"]
 
@@ -81,14 +81,9 @@ def measure_layers(network: nn.Module, images: Tensor, settings: Settings, progr
     modes = {"training": (True, len(images))}
     modes |= {f"inference, batch {n}": (False, n) for n in sorted({1, len(images)})}
     rounds = ROUNDS_PER_ROUND * settings.rounds
-    total, done = len(modes) * rounds * len(layers) * (4 if settings.against_composer else 3), 0
+    num_variants = 4 if settings.against_composer else 3
+    advance = counted(progress, len(modes) * rounds * len(layers) * num_variants)
     seconds: dict[str, dict[str, list[list[float]]]] = {}
-
-    def advance(mode: str) -> None:
-        nonlocal done
-        done += 1
-        progress(f"layers, {mode}", done, total)
-
     for mode, (training, batch_size) in modes.items():
         steps: dict[str, list[Callable[[], object]]] = {}
         for layer in layers.values():
@@ -98,7 +93,12 @@ def measure_layers(network: nn.Module, images: Tensor, settings: Settings, progr
                 make_step = _training_step if training else _inference_step
                 steps.setdefault(name, []).append(make_step(settings.compile(forward), u, settings.autocast))
         seconds[mode] = time_in_turns(
-            steps, rounds=rounds, device=images.device, seed=0, visit=VISIT, visited=lambda mode=mode: advance(mode)
+            steps,
+            rounds=rounds,
+            device=images.device,
+            seed=0,
+            visit=VISIT,
+            visited=lambda mode=mode: advance(f"layers, {mode}"),
         )
     return LayerTimes(list(layers), seconds)
 

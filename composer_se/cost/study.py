@@ -19,7 +19,7 @@ from composer_se.errors import UserError
 from composer_se.measure.machine import Machine, describe_machine
 from composer_se.measure.steps import image_batch, inference_step, training_step
 from composer_se.measure.timing import time_in_turns
-from composer_se.show.terminal import Progress
+from composer_se.show.terminal import Progress, counted
 
 __all__ = ["Study", "measure"]
 
@@ -82,16 +82,8 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Progres
     )
     _try(variants[0], settings, images, targets)
     sizes = sorted({1, settings.batch_size})
-    total = len(variants) * (1 + (1 + len(sizes)) * settings.instances * settings.rounds)
-    done = 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(what, done, total)
-
+    advance = counted(progress, len(variants) * (1 + (1 + len(sizes)) * settings.instances * settings.rounds))
     counts: dict[str, Counts] = {}
-    progress("counting", 0, total)
     for variant in variants:
         counts[variant.name] = count(variant, settings, images, targets)
         advance("counting")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,7 +13,7 @@ from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-__all__ = ["Progress", "new_table", "progress_bar"]
+__all__ = ["Progress", "counted", "new_table", "progress_bar"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the task, the steps done, and their number (0 if unknown)."""
@@ -35,6 +36,12 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
     for head in others:
         table.add_column(head, justify="right", no_wrap=True)
     return table
+
+
+def counted(progress: Progress, total: int) -> Callable[[str], None]:
+    """Counts the steps: call the result after each, with the task."""
+    done = itertools.count(1)
+    return lambda what: progress(what, next(done), total)
 
 
 @contextmanager
