@@ -44,7 +44,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def failed_write(path: Path, error: OSError, folder: Path, origin: str = "the last checkpoint") -> UserError:
-    """The complaint about a file that can't be written: the room left in `folder`, and the `origin` to continue from."""
+    """The complaint about a file that can't be written. The same command continues from `origin`."""
     reason = error.strerror or one_line(error)
     with contextlib.suppress(OSError):
         reason += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}"

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -192,17 +192,17 @@ def plan(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"image_size is {image_size!r}; give a height and a width in pixels, each at least 1.")
     notes = []
-    shapes = _Shapes({}, None)
+    maps, multiply_adds = {}, None
     if size is not None and selection.choices:
         try:
-            shapes = _trace_shapes(model, size)
+            maps, multiply_adds = _trace_shapes(model, size)
         except Exception as error:  # the user's forward may raise anything, and the choice stands without it
             reason = (str(error).strip() or "no message").splitlines()[0]
             notes.append(
                 f"map sizes are unknown: the model does not run on a {size[0]}×{size[1]} image of shapes only "
                 f"({type(error).__name__}: {reason})"
             )
-    convs = tuple(_plan_conv(choice, shapes) for choice in selection.choices)
+    convs = tuple(_plan_conv(choice, maps) for choice in selection.choices)
     if narrow := [conv for conv in convs if conv.chosen and conv.latent_channels < RECOMMENDED_LATENT_CHANNELS]:
         notes.append(
             f"{len(narrow)} of the blocks are narrower than the recommended {RECOMMENDED_LATENT_CHANNELS} latent "
@@ -217,16 +217,16 @@ def plan(
         threshold=selection.min_channels,
         image_size=size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds=shapes.multiply_adds,
+        multiply_adds=multiply_adds,
         notes=tuple(notes),
     )
 
 
-def _plan_conv(choice: ConvChoice, shapes: _Shapes) -> ConvPlan:
+def _plan_conv(choice: ConvChoice, all_maps: Mapping[nn.Module, list[tuple[int, int]]]) -> ConvPlan:
     channels = choice.conv.out_channels
     weights = 2 * channels * choice.latent_channels if choice.chosen else 0
-    maps = shapes.maps.get(choice.conv, [])
-    num_calls = len(maps) if shapes.maps else 1
+    maps = all_maps.get(choice.conv, [])
+    num_calls = len(maps) if all_maps else 1
     return ConvPlan(
         name=choice.name,
         in_channels=choice.conv.in_channels,
@@ -240,17 +240,10 @@ def _plan_conv(choice: ConvChoice, shapes: _Shapes) -> ConvPlan:
     )
 
 
-@dataclass(frozen=True)
-class _Shapes:
+def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> tuple[dict[nn.Module, list[tuple[int, int]]], int]:
     """The output sizes of every conv, call by call, and the multiply-adds of the whole forward pass."""
-
-    maps: dict[nn.Module, list[tuple[int, int]]]
-    multiply_adds: int | None
-
-
-def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> _Shapes:
     # Tensors go into the memo as meta tensors already, so the copy takes no memory for weights.
-    memo: dict[int, Any] = {id(parameter): _meta_parameter(parameter) for parameter in model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     shapes_only = copy.deepcopy(model, memo).eval()
     original = dict(zip(shapes_only.modules(), model.modules(), strict=True))
@@ -265,11 +258,7 @@ def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> _Shapes:
     image = torch.empty(1, convs[0].in_channels, *image_size, dtype=convs[0].weight.dtype, device="meta")
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         shapes_only(_as_input(shapes_only, image))
-    return _Shapes(maps, counter.get_total_flops() // 2)
-
-
-def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return maps, counter.get_total_flops() // 2
 
 
 def _as_input(model: nn.Module, image: Tensor) -> Any:
