@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,7 @@ from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.schema import Recipe, keys
 
-__all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
-
-_WITHOUT_SE = "algorithms.squeeze_excite=null"
-_RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
+__all__ = ["Arm", "Comparison", "checking", "default_arms", "lengthened", "run_recipes"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,17 @@ class Comparison:
 def default_arms(recipe: str, overrides: Sequence[str]) -> tuple[Arm, Arm]:
     """The recipe without SE, and as written; a recipe without SE gets the recommended setting."""
     has_se = (load_recipe(recipe, overrides).algorithms or {}).get("squeeze_excite") is not None
-    return Arm("plain", (_WITHOUT_SE,)), Arm("with SE", () if has_se else (_RECOMMENDED_SE,))
+    recommended = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
+    return Arm("plain", ("algorithms.squeeze_excite=null",)), Arm("with SE", () if has_se else (recommended,))
+
+
+@contextmanager
+def checking(arm: str) -> Iterator[None]:
+    """Names the arm in complaints about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--arm {arm}: {error}") from error
 
 
 def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
@@ -62,43 +70,35 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
         UserError: A recipe is wrong, or an arm sets a key of the comparison's own, or has nothing to be evaluated on.
     """
     reserved = keys("set")  # the comparison sets these keys itself, so that each run has its own
-    for override in comparison.overrides:
-        _refuse(override, [key for key in reserved if key != "seed"], "")
+    _refuse(comparison.overrides, [key for key in reserved if key != "seed"])
     load_recipe(comparison.recipe, comparison.overrides)  # what is wrong in all arms is no arm's fault
-    recipes = {}
+    recipes: dict[str, Recipe] = {}
     for arm in comparison.arms:
-        for override in arm.overrides:
-            _refuse(override, reserved, f"--arm {arm.name}: ")
-        try:
-            recipe = _placed(comparison, arm, arm.slug, seed_index)
-        except UserError as error:
-            raise UserError(f"--arm {arm.name}: {error}") from error
-        if recipe.eval_dataset is None:
-            raise UserError(f"--arm {arm.name}: eval_dataset is null: there would be no accuracy to compare")
-        recipes[arm.name] = recipe
-    _check_comparable(recipes, comparison.reference.name)
+        with checking(arm.name):
+            _refuse(arm.overrides, reserved)
+            recipe = recipes[arm.name] = _placed(comparison, arm, arm.slug, seed_index)
+            if recipe.eval_dataset is None:
+                raise UserError("eval_dataset is null: there would be no accuracy to compare")
+            _check_comparable(recipe, recipes[comparison.reference.name], comparison.reference.name)
     return recipes
 
 
-def _refuse(override: str, reserved: Sequence[str], prefix: str) -> None:
-    key = override.partition("=")[0].strip()
-    if key in reserved:
-        raise UserError(f"{prefix}{key} is set by the comparison itself; leave it out")
+def _refuse(overrides: Sequence[str], reserved: Sequence[str]) -> None:
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in reserved:
+            raise UserError(f"{key} is set by the comparison itself; leave it out")
 
 
-def _check_comparable(recipes: dict[str, Recipe], reference: str) -> None:
+def _check_comparable(recipe: Recipe, base: Recipe, reference: str) -> None:
     """Accuracies are comparable at equal epochs if these keys are the same in all arms."""
-    base = recipes[reference]
     counts_batches = str(base.max_duration).endswith("ba") or base.train_subset_num_batches != -1
-    shared = (*keys("same"), "train_batch_size") if counts_batches else keys("same")
-    for name, recipe in recipes.items():
-        for key in shared:
-            ours, theirs = getattr(recipe, key), getattr(base, key)
-            if ours != theirs:
-                raise UserError(
-                    f"--arm {name}: {key} is {ours!r}, but {theirs!r} in {reference}; "
-                    "all arms have to be trained on as many images and evaluated on the same ones"
-                )
+    for key in (*keys("same"), "train_batch_size") if counts_batches else keys("same"):
+        ours, theirs = getattr(recipe, key), getattr(base, key)
+        if ours != theirs:
+            raise UserError(
+                f"{key} is {ours!r}, but {theirs!r} in {reference}; "
+                "all arms have to be trained on as many images and evaluated on the same ones"
+            )
 
 
 def lengthened(comparison: Comparison, seed_index: int, batches_before: int, batches: int) -> Recipe:

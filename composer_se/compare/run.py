@@ -13,7 +13,7 @@ from composer.core import Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_se.compare.arms import Comparison, lengthened, run_recipes
+from composer_se.compare.arms import Comparison, checking, lengthened, run_recipes
 from composer_se.compare.kept_speeds import read_or_measure_speeds
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
 from composer_se.compare.speed import Speed
@@ -31,9 +31,6 @@ __all__ = ["Findings", "check", "run_comparison"]
 
 # A share of the training time that no affordable number of seeds could tell from none.
 NEGLIGIBLE = 0.01
-
-# Callbacks that end training before its duration.
-_STOPPERS = ("early_stopper", "threshold_stopper")
 
 
 @dataclass
@@ -63,18 +60,16 @@ def check(comparison: Comparison) -> None:
     """
     make_plan(load_recipe(comparison.recipe, comparison.overrides))  # what is wrong in all arms is no arm's fault
     for name, recipe in run_recipes(comparison, 0).items():
-        try:
+        with checking(name):
             make_plan(recipe)
             if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
                 raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
-            for stopper in _STOPPERS:
+            for stopper in ("early_stopper", "threshold_stopper"):
                 if (recipe.callbacks or {}).get(stopper) is not None:
                     raise UserError(
                         f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal "
                         f"ones; leave it out with callbacks.{stopper}=null"
                     )
-        except UserError as error:
-            raise UserError(f"--arm {name}: {error}") from error
 
 
 def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findings]:

@@ -18,7 +18,7 @@ from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_se.errors import UserError
+from composer_se.compare.arms import checking
 from composer_se.measure.steps import inference_step
 from composer_se.measure.timing import steps_per_visit, synchronize, time_step
 from composer_se.recipe.distributed import from_rank_zero
@@ -93,10 +93,8 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
         UserError: The recipe can't be built.
     """
     stopwatch = _Stopwatch(steps)
-    try:
+    with checking(name):
         trainer, parts = _build(recipe, stopwatch)
-    except UserError as error:
-        raise UserError(f"--arm {name}: {error}") from error
     state, loader = trainer.state, parts.train_loader
     assert loader is not None
     batches_per_epoch = int(state.dataloader_len or len(loader))

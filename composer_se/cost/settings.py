@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from composer_se.measure.steps import autocast_context
 from composer_se.options import SqueezeExciteOptions
 
 __all__ = ["Settings"]
@@ -41,7 +40,8 @@ class Settings:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """The context of a forward pass."""
-        return autocast_context(self.precision, self.device)()
+        dtype = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[self.precision]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def placed(self, network: nn.Module) -> nn.Module:
         """Brings a network to its device and memory format."""

@@ -96,10 +96,9 @@ def _apply_composers(network: nn.Module, widths: Mapping[str, int]) -> None:
         conv = network.get_submodule(name)
         wrappers[conv] = composers.SqueezeExciteConv2d(conv=conv, latent_channels=width)
     # A conv may sit in several places; each of them gets the one wrapper.
-    for parent in list(network.modules()):
-        for attribute, child in list(parent._modules.items()):
-            if child in wrappers and parent is not wrappers[child]:
-                setattr(parent, attribute, wrappers[child])
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if module in wrappers:
+            network.set_submodule(name, wrappers[module])
 
 
 def composers_layers() -> Any:

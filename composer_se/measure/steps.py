@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_iter
 
-__all__ = ["autocast_context", "image_batch", "inference_step", "loss_of", "training_step"]
-
-
-def autocast_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the contexts of forward passes in a precision named as Composer names it."""
-    dtype = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}[precision]
-    return nullcontext if dtype is None else lambda: torch.autocast(device.type, dtype)
+__all__ = ["image_batch", "inference_step", "loss_of", "training_step"]
 
 
 def image_batch(
