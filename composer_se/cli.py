@@ -22,18 +22,7 @@ COMMANDS = {
 }
 
 # What the extra `recipes` brings, by the names under which it is imported.
-_OF_RECIPES = (
-    "composer",
-    "jinja2",
-    "matplotlib",
-    "numpy",
-    "omegaconf",
-    "rich",
-    "scipy",
-    "sklearn",
-    "torchvision",
-    "yaml",
-)
+_RECIPES = ("composer", "jinja2", "matplotlib", "numpy", "omegaconf", "rich", "scipy", "sklearn", "torchvision", "yaml")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -61,20 +50,14 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
-    """Runs a command: its exit code, or 2 with one line on stderr when the user's input was wrong.
-
-    Args:
-        run: The command.
-        args: Its parsed arguments.
-        name: Its name in that line.
-    """
+    """Runs a command of this name: its exit code, or 2 with one line on stderr when the user's input was wrong."""
     try:
         return run(args)
     except UserError as error:
         launch.leave_together(f"{name}: error: {error}")
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in _OF_RECIPES:
+        if error.name not in _RECIPES:
             raise
         launch.leave_together(
             f"{name}: error: needs {error.name}, which is not installed: pip install 'composer-se[recipes]'"
@@ -83,14 +66,7 @@ def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand.
-
-    Args:
-        argv: Arguments without the program's name. Default: those of the process.
-
-    Returns:
-        The exit code: 0, or 2 with one line on stderr when the user's input was wrong.
-    """
+    """Runs one subcommand: its exit code, or 2 with one line on stderr when the user's input was wrong."""
     args = parse(make_parser(), argv)
     command = importlib.import_module(f"composer_se.commands.{args.command}")
     return exit_code(command.run, args, f"composer-se {args.command}")

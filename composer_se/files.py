@@ -44,14 +44,7 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def failed_write(path: Path, error: OSError, folder: Path, origin: str = "the last checkpoint") -> UserError:
-    """The complaint about a file that can't be written.
-
-    Args:
-        path: The file.
-        error: The system's.
-        folder: The message says how much room is left there.
-        origin: The same command continues from it.
-    """
+    """The complaint about a file that can't be written. The same command continues from `origin`."""
     reason = error.strerror or one_line(error)
     with contextlib.suppress(OSError):
         reason += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}"

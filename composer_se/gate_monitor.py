@@ -106,10 +106,13 @@ class GateMonitor(Callback):
         if not self._blocks:
             return
         layers = self._statistics()
-        values = (
-            (name, key, value) for name, gates in layers.items() for key, value in dataclasses.asdict(gates).items()
+        logger.log_metrics(
+            {
+                f"gates/{key}/{name}": value
+                for name, gates in layers.items()
+                for key, value in dataclasses.asdict(gates).items()
+            }
         )
-        logger.log_metrics({f"gates/{key}/{name}": value for name, key, value in values})
         for name, gates in layers.items():
             self._warn(name, gates)
 
@@ -129,7 +132,7 @@ class GateMonitor(Callback):
             like = gate_sums(torch.empty(0, 1, device=parameter.device))
         # Every process has the same layout, also where a layer did not run.
         layers = zip(self._blocks, sizes, strict=True)
-        flat = torch.cat([self._sums[name] if name in self._sums else like.new_zeros(size) for name, size in layers])
+        flat = torch.cat([self._sums.get(name, like.new_zeros(size)) for name, size in layers])
         dist.all_reduce(flat)
         values = torch.stack([describe(sums) for sums in flat.split(sizes)]).tolist()
         self._sums = {}

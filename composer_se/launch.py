@@ -6,7 +6,6 @@ Imports nothing but the standard library, so that a command can refuse wrong inp
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -21,6 +20,7 @@ __all__ = [
     "leave_interrupted",
     "leave_together",
     "log_on_terminal",
+    "logged_from",
     "say",
     "share_cores",
     "threads_for",
@@ -31,10 +31,8 @@ __all__ = [
 # machine: 20 s with one core taken, 12.8 s passively.
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
-KEEP_FREED_MEMORY = False  # large blocks are not given back to the system, which would fault them in anew
 
 _CHOSEN_HERE = "COMPOSER_SE_CHOOSES_THREADS"
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # Long enough for the slowest process to get as far as the fastest.
 _PATIENCE_SECONDS = 30.0
@@ -80,22 +78,33 @@ def leave_interrupted(message: str) -> None:
 def log_on_terminal() -> Iterator[None]:
     """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
     log = logging.getLogger("composer_se")
-    level, propagate = log.level, log.propagate
+    propagate = log.propagate
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False
-    log.setLevel(logging.INFO if is_local_rank_zero() else logging.WARNING)
     # Composer says this of every evaluation set whose last batch is not full.
     warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     # And this of label smoothing, whose targets add up to one but for rounding.
     warnings.filterwarnings("ignore", message="Some targets have less than 1 total probability")
     try:
-        yield
+        with logged_from(logging.INFO if is_local_rank_zero() else logging.WARNING):
+            yield
     finally:
         log.removeHandler(handler)
-        log.setLevel(level)
         log.propagate = propagate
+
+
+@contextlib.contextmanager
+def logged_from(level: int) -> Iterator[None]:
+    """Shows our own log from this level on, which may be raised while a progress bar is shown."""
+    log = logging.getLogger("composer_se")
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
 
 
 def available_cores() -> int:
@@ -114,11 +123,6 @@ def share_cores() -> None:
         os.environ["OMP_NUM_THREADS"] = str(available_cores())
         os.environ[_CHOSEN_HERE] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
-    if KEEP_FREED_MEMORY:
-        with contextlib.suppress(AttributeError, OSError):  # glibc alone has it
-            libc = ctypes.CDLL(None)
-            libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-            libc.mallopt(_M_MMAP_THRESHOLD, 2**30)
 
 
 def threads_for(pixels: int) -> int | None:

@@ -6,7 +6,7 @@ import copy
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -25,12 +25,8 @@ class ConvPlan:
     """The decision on one conv, and the cost that it adds.
 
     Attributes:
-        name: Qualified name.
-        in_channels: Input channels.
-        out_channels: Output channels.
         map_size: Height and width of the conv's output at its first call, or None where that is not known.
-        chosen: True if the conv gets a block.
-        reason: The reason, in a few words.
+        reason: Of the choice, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
         added_parameters: Weights of the new block.
         added_multiply_adds: Of one image's forward pass, in the two matrix products of the new block, as
@@ -56,7 +52,6 @@ class Plan:
     """The decision on every conv of a model, in model order.
 
     Attributes:
-        convs: One entry per conv.
         options: As given.
         threshold: The threshold in force: ``options.min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.
@@ -133,15 +128,28 @@ class Plan:
             rows.append(row | {"map_height": height, "map_width": width})
         return rows
 
+    def rows(self) -> list[tuple[str, ...]]:
+        """The table: its head, and a row for each of `grouped`, without the maps where their sizes are not known."""
+        with_maps = self.multiply_adds is not None
+        # One column for the cost of chosen convs and the reason for the others, so that the table fits 80 characters.
+        gets = f"{'width':>5} {'+weights':>9}" + f" {'+mult-adds':>10}" * with_maps
+        rows: list[tuple[str, ...]] = [("conv", "×", "channels", *["map"] * with_maps, gets)]
+        for conv in self.grouped():
+            cells = [conv.name, str(conv.num_convs), f"{conv.in_channels}→{conv.out_channels}"]
+            gets = f"{conv.latent_channels:>5} {conv.added_parameters:>9,}"
+            if with_maps:
+                cells.append("×".join(map(str, conv.map_size or ())))
+                gets += f" {conv.added_multiply_adds:>10,}"
+            rows.append((*cells, gets if conv.chosen else conv.reason))
+        return rows
+
     def __repr__(self) -> str:
-        header = ("conv", "channels", "map", "SE width", "+params", "+mult-adds", "")
-        rows = [header, *(_cells(conv) for conv in self.grouped())]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(header) - 1)]
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         table = []
-        for row in rows:
-            name, *numbers = row[:-1]
-            aligned = [name.ljust(widths[0]), *(cell.rjust(n) for cell, n in zip(numbers, widths[1:], strict=True))]
-            table.append("  ".join([*aligned, row[-1]]).rstrip())
+        for name, *numbers, last in rows:
+            aligned = (cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True))
+            table.append("  ".join([name.ljust(widths[0]), *aligned, last]))
         return "\n".join([*table, "", *self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
@@ -191,17 +199,17 @@ def plan(
     if size is not None and (len(size) != 2 or min(size) < 1):
         raise ValueError(f"image_size is {image_size!r}; give a height and a width in pixels, each at least 1.")
     notes = []
-    shapes = _Shapes({}, None)
+    maps, multiply_adds = {}, None
     if size is not None and selection.choices:
         try:
-            shapes = _trace_shapes(model, size)
+            maps, multiply_adds = _trace_shapes(model, size)
         except Exception as error:  # the user's forward may raise anything, and the choice stands without it
             reason = (str(error).strip() or "no message").splitlines()[0]
             notes.append(
                 f"map sizes are unknown: the model does not run on a {size[0]}×{size[1]} image of shapes only "
                 f"({type(error).__name__}: {reason})"
             )
-    convs = tuple(_plan_conv(choice, shapes) for choice in selection.choices)
+    convs = tuple(_plan_conv(choice, maps) for choice in selection.choices)
     if narrow := [conv for conv in convs if conv.chosen and conv.latent_channels < RECOMMENDED_LATENT_CHANNELS]:
         notes.append(
             f"{len(narrow)} of the blocks are narrower than the recommended {RECOMMENDED_LATENT_CHANNELS} latent "
@@ -216,16 +224,16 @@ def plan(
         threshold=selection.min_channels,
         image_size=size,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        multiply_adds=shapes.multiply_adds,
+        multiply_adds=multiply_adds,
         notes=tuple(notes),
     )
 
 
-def _plan_conv(choice: ConvChoice, shapes: _Shapes) -> ConvPlan:
+def _plan_conv(choice: ConvChoice, all_maps: Mapping[nn.Module, list[tuple[int, int]]]) -> ConvPlan:
     channels = choice.conv.out_channels
     weights = 2 * channels * choice.latent_channels if choice.chosen else 0
-    maps = shapes.maps.get(choice.conv, [])
-    num_calls = len(maps) if shapes.maps else 1
+    maps = all_maps.get(choice.conv, [])
+    num_calls = len(maps) if all_maps else 1
     return ConvPlan(
         name=choice.name,
         in_channels=choice.conv.in_channels,
@@ -239,17 +247,10 @@ def _plan_conv(choice: ConvChoice, shapes: _Shapes) -> ConvPlan:
     )
 
 
-@dataclass(frozen=True)
-class _Shapes:
+def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> tuple[dict[nn.Module, list[tuple[int, int]]], int]:
     """The output sizes of every conv, call by call, and the multiply-adds of the whole forward pass."""
-
-    maps: dict[nn.Module, list[tuple[int, int]]]
-    multiply_adds: int | None
-
-
-def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> _Shapes:
     # Tensors go into the memo as meta tensors already, so the copy takes no memory for weights.
-    memo: dict[int, Any] = {id(parameter): _meta_parameter(parameter) for parameter in model.parameters()}
+    memo: dict[int, Any] = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
     memo |= {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     shapes_only = copy.deepcopy(model, memo).eval()
     original = dict(zip(shapes_only.modules(), model.modules(), strict=True))
@@ -264,11 +265,7 @@ def _trace_shapes(model: nn.Module, image_size: tuple[int, int]) -> _Shapes:
     image = torch.empty(1, convs[0].in_channels, *image_size, dtype=convs[0].weight.dtype, device="meta")
     with torch.no_grad(), torch.device("meta"), FlopCounterMode(display=False) as counter:
         shapes_only(_as_input(shapes_only, image))
-    return _Shapes(maps, counter.get_total_flops() // 2)
-
-
-def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return maps, counter.get_total_flops() // 2
 
 
 def _as_input(model: nn.Module, image: Tensor) -> Any:
@@ -321,18 +318,6 @@ def _span(numbers: list[int]) -> str:
     if len(numbers) == numbers[-1] - numbers[0] + 1:
         return f"{{{numbers[0]}..{numbers[-1]}}}"
     return f"{{{','.join(map(str, numbers))}}}"
-
-
-def _cells(conv: ConvPlan) -> tuple[str, ...]:
-    return (
-        conv.name,
-        f"{conv.in_channels}→{conv.out_channels}",
-        "×".join(map(str, conv.map_size)) if conv.map_size else "",
-        str(conv.latent_channels) if conv.latent_channels else "-",
-        f"{conv.added_parameters:,}" if conv.chosen else "",
-        f"{conv.added_multiply_adds:,}" if conv.chosen else "",
-        f"each of {conv.num_convs}" if conv.chosen and conv.num_convs > 1 else "" if conv.chosen else conv.reason,
-    )
 
 
 def _percent(added: int, before: int) -> str:

@@ -13,14 +13,7 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one process of a launch.
-
-    Args:
-        argv: Arguments without the program's name. Default: those of the process.
-
-    Returns:
-        The exit code: 0, or 2 when the user's input was wrong.
-    """
+    """Runs one process of a launch: 0, or 2 with one line on stderr when the user's input was wrong."""
     parser = argparse.ArgumentParser(prog="composer -m composer_se.train", description=command.__doc__)
     command.add_arguments(parser)
     return cli.exit_code(command.run, cli.parse(parser, argv), "composer_se.train")

@@ -16,6 +16,7 @@ from typing import Any
 
 from composer_se.measure.machine import Machine
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
+from composer_se.show.text import markdown_table
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
@@ -33,10 +34,8 @@ CLAIMS = (  # folder below results/claims/, the algorithm beside SE, the row's n
 
 def short_cost_table(found: dict[str, Any]) -> str:
     """Memory and time of each variant, for the README."""
-    lines = ["| | saved for backward | " + " | ".join(KINDS) + " |", "|---" * (2 + len(KINDS)) + "|"]
-    for row in found["rows"]:
-        cells = [CODE[row["code"]], f"{row['ratios']['saved_bytes']:.4f}", *_times(row)]
-        lines.append("| " + " | ".join(cells) + " |")
+    rows = [[CODE[row["code"]], f"{row['ratios']['saved_bytes']:.4f}", *_times(row)] for row in found["rows"]]
+    lines = markdown_table(["", "saved for backward", *KINDS], rows)
     layers = max(len(row["layers"]) for row in found["rows"])
     machine = Machine(**found["machine"])
     where = machine.gpu or f"{machine.cpu}, {machine.threads} threads"
@@ -45,13 +44,8 @@ def short_cost_table(found: dict[str, Any]) -> str:
 
 def cost_table(found: dict[str, Any]) -> str:
     """All costs of each variant, with the conditions below the table."""
-    lines = [
-        "| | SE layers | parameters | multiply-adds | saved for backward | full-size passes | "
-        + " | ".join(KINDS)
-        + " |",
-        "|---|" + "---|" * (5 + len(KINDS)),
-    ]
-    lines += [_row(row) for row in found["rows"]]
+    heads = ["", "SE layers", "parameters", "multiply-adds", "saved for backward", "full-size passes", *KINDS]
+    lines = markdown_table(heads, [_row(row) for row in found["rows"]])
     (against,) = found["against_composer"]
     lines.append("")
     lines.append(
@@ -76,28 +70,29 @@ def layers_table(layers: dict[str, Any]) -> str:
     """The norm alone and what SE adds to it, per different layer, and the sums over the network."""
     variants = [("norm", "norm"), ("composer", "+ built-in"), ("composer-se", "+ ours")]
     columns = [(mode, variant, f"{mode}: {head}") for mode in layers["modes"] for variant, head in variants]
-    lines = ["| map | × | " + " | ".join(head for *_, head in columns) + " |", "|---" * (2 + len(columns)) + "|"]
+    rows = []
     for i, kind in enumerate(layers["kinds"]):
         shape = f"{kind['channels']}×{kind['height']}×{kind['width']}"
         shape += ", no norm" if kind["norm"] == "none" else ""
         numbers = [f"{layers['modes'][mode]['milliseconds'][variant][i]:.2f}" for mode, variant, _ in columns]
-        lines.append("| " + " | ".join([shape, str(kind["count"]), *numbers]) + " |")
+        rows.append([shape, str(kind["count"]), *numbers])
     counts = [kind["count"] for kind in layers["kinds"]]
     sums = []
     for mode, variant, _ in columns:
         milliseconds = layers["modes"][mode]["milliseconds"][variant]
         sums.append(f"**{sum(n * t for n, t in zip(counts, milliseconds, strict=True)):.1f}**")
-    lines.append("| " + " | ".join(["**sum**", f"**{sum(counts)}**", *sums]) + " |")
+    rows.append(["**sum**", f"**{sum(counts)}**", *sums])
+    lines = markdown_table(["map", "×", *(head for *_, head in columns)], rows)
     shares = {mode: _ratio(found["share"]) for mode, found in layers["modes"].items() if found["share"]}
     if shares:
         lines += ["", "Ours over the built-in: " + "; ".join(f"{mode} {share}" for mode, share in shares.items()) + "."]
     return "\n".join(lines)
 
 
-def _row(row: dict[str, Any]) -> str:
+def _row(row: dict[str, Any]) -> list[str]:
     passes = "/".join(str(count) for count in sorted(set(row["passes"]))) or "–"
     ratios = row["ratios"]
-    cells = [
+    return [
         CODE[row["code"]],
         str(len(row["layers"]) or "–"),
         f"{ratios['parameters']:.3f}",
@@ -106,7 +101,6 @@ def _row(row: dict[str, Any]) -> str:
         passes,
         *_times(row),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def _times(row: dict[str, Any]) -> list[str]:
@@ -151,10 +145,14 @@ def study_table(report: str) -> str:
 
 def claims_table(folder: Path) -> str:
     """The time of a training step with SE, with another algorithm and with both, and the accuracies with both."""
-    rows = [
-        "| time of a training step, over that of the plain network | SE | the other | both | both over the other |",
-        "|---|---|---|---|---|",
+    heads = [
+        "time of a training step, over that of the plain network",
+        "SE",
+        "the other",
+        "both",
+        "both over the other",
     ]
+    rows = []
     machine = None
     for name, other, title in CLAIMS:
         kept = json.loads((folder / name / "speeds.json").read_text())
@@ -163,13 +161,13 @@ def claims_table(folder: Path) -> str:
         steps = {arm: entry["speed"]["step"] for arm, entry in kept.items()}
         pairs = [("SE", "no SE"), (other, "no SE"), (f"SE and {other}", "no SE"), (f"SE and {other}", other)]
         ratios = [ratio_of_means(steps[ours], steps[theirs]) for ours, theirs in pairs]
-        rows.append(f"| {title} ({where}) | " + " | ".join(ratio.with_spread() for ratio in ratios) + " |")
+        rows.append([f"{title} ({where})", *(ratio.with_spread() for ratio in ratios)])
     runs = json.loads((folder / "selective-backprop" / "results.json").read_text())["runs"]
     accuracies = {arm: [100 * run["accuracies"][-1][1] for run in of_arm] for arm, of_arm in runs.items()}
     gain = mean_difference(accuracies["SE and SelectiveBackprop"], accuracies["SelectiveBackprop"])
     return "\n".join(
         [
-            *rows,
+            *markdown_table(heads, rows),
             "",
             "Accuracy of the last row, %: "
             + "; ".join(f"{arm} {mean(values):.2f} ±{stdev(values):.2f}" for arm, values in accuracies.items())

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from composer_se.cost.settings import Settings
+from composer_se.options import SqueezeExciteOptions
 
 
 def plain_gate(u: Tensor, z: Tensor, limit: float = 1.0) -> Tensor:
@@ -54,3 +58,22 @@ def final_accuracy(run_folder: Path) -> float:
     """The held-out accuracy in the summary of a complete run."""
     metrics = json.loads((run_folder / "summary.json").read_text())["metrics"]
     return next(value for name, value in metrics.items() if name.endswith("MulticlassAccuracy"))
+
+
+def cost_settings(**changes: Any) -> Settings:
+    """Settings of a small study of costs."""
+    settings: dict[str, Any] = {
+        "min_channels": (8,),
+        "squeeze_excite": SqueezeExciteOptions(),
+        "against_composer": False,
+        "batch_size": 2,
+        "image_size": 8,
+        "device": torch.device("cpu"),
+        "precision": "fp32",
+        "channels_last": False,
+        "compiled": False,
+        "instances": 2,
+        "rounds": 1,
+        "layers": False,
+    }
+    return Settings(**settings | changes)

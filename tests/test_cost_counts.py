@@ -7,11 +7,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExciteConv2d as ComposersConv2d
+from helpers import cost_settings
 from torch import nn
 
-from composer_se.cost.counts import count
+from composer_se.cost.counts import count, saved_bytes
 from composer_se.cost.passes import FullSizePasses, full_size_passes
-from composer_se.cost.saved import saved_bytes
+from composer_se.cost.variants import Variant
 from composer_se.modules import SqueezeExciteConv2d
 
 FLOAT = 4
@@ -119,13 +120,17 @@ def test_reads_and_writes_follow_the_convention(operation, reads, writes):
     assert (counter.reads, counter.writes) == (reads, writes)
 
 
+def variant(build, *layers: str) -> Variant:
+    return Variant("ours", "composer-se", "128", layers, build)
+
+
 def test_counts_of_a_network_are_those_worked_out_by_hand():
     def build() -> nn.Module:
         body = conv_norm(lambda conv: SqueezeExciteConv2d(conv=conv, latent_channels=3, followed_by_norm=True))
         return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 7))
 
     images, targets = torch.randn(2, 2, 5, 5), torch.tensor([0, 9])
-    counts = count(build, lambda network: network, ("0.0",), images, targets, nullcontext, None)
+    counts = count(variant(build, "0.0"), cost_settings(), images, targets)
     assert counts.parameters == 2 * 4 * 9 + 4 * 3 + 3 * 4 + 8 + 4 * 7 + 7
     assert counts.multiply_adds == 2 * 4 * 9 * 25 + 4 * 3 + 3 * 4 + 4 * 7
     assert counts.passes == (6,)
@@ -139,7 +144,7 @@ def test_passes_do_not_count_weights_that_happen_to_be_as_large_as_the_map():
         return nn.Sequential(ComposersConv2d(conv=conv, latent_channels=4), nn.Flatten())
 
     images = torch.randn(1, 2, 2, 2)
-    counts = count(build, lambda network: network, ("0",), images, torch.tensor([0]), nullcontext, None)
+    counts = count(variant(build, "0"), cost_settings(), images, torch.tensor([0]))
     assert counts.passes == (13,)
 
 
@@ -152,6 +157,6 @@ def test_peak_memory_on_a_gpu_covers_what_is_saved():
     def build() -> nn.Module:
         return nn.Sequential(conv_norm(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
-    counts = count(build, lambda network: network.cuda(), (), images, targets, nullcontext, None)
+    counts = count(variant(build), cost_settings(device=torch.device("cuda")), images, targets)
     assert counts.peak_bytes is not None
     assert counts.peak_bytes >= counts.saved_bytes - images.nbytes

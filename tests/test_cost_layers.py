@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import cost_settings
 from torch import nn
 
 from composer_se.cost.layers import BUILT_IN, NORM, NOTHING, OURS, LayerKind, LayerTimes, measure_layers
@@ -40,20 +41,13 @@ def test_layers_of_one_shape_are_measured_once(memory_format) -> None:
     network = network.to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
     images = torch.randn(2, 3, 6, 6).contiguous(memory_format=memory_format)
     seen: list[tuple[str, int, int]] = []
-    times = measure_layers(
-        network,
-        images,
-        precision="fp32",
-        compiled=False,
-        against_composer=True,
-        rounds=2,
-        progress=lambda *state: seen.append(state),
-    )
+    settings = cost_settings(against_composer=True, rounds=1)
+    times = measure_layers(network, images, settings, lambda *state: seen.append(state))
     assert times.kinds == [LayerKind(8, 6, 6, 2, "BatchNorm2d", 2), LayerKind(16, 4, 4, 2, "none", 1)]
     assert list(times.seconds) == ["training", "inference, batch 1", "inference, batch 2"]
     for of_mode in times.seconds.values():
         assert list(of_mode) == [NOTHING, NORM, OURS, BUILT_IN]
         for of_variant in of_mode.values():
-            assert [len(rounds) for rounds in of_variant] == [2, 2]
+            assert [len(rounds) for rounds in of_variant] == [5, 5]
             assert all(time > 0 for rounds in of_variant for time in rounds)
-    assert seen[-1] == ("layers, inference, batch 2", 6, 6)
+    assert seen[-1] == ("layers, inference, batch 2", 120, 120)

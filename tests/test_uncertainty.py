@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from composer_se.cost.levels import find_levels, overhead_ratio, time_ratio, typical_seconds
+from composer_se.cost.levels import find_levels
 from composer_se.measure.timing import steps_per_visit, time_in_turns
 from composer_se.measure.uncertainty import Interval
 
@@ -27,18 +27,18 @@ def made_up(true: dict[str, float], seed: int, instances=4, rounds=5, between=0.
 
 def test_a_ratio_without_noise_is_exact_whatever_the_machine_does_meanwhile():
     found = find_levels(made_up({"plain": 2.0, "ours": 2.2}, 0, between=0, within=0, drift=0.3))
-    ratio = time_ratio(found, "ours", "plain")
+    ratio = found.ratio("ours", "plain")
     assert ratio.value == pytest.approx(1.1)
     assert ratio.half_width == pytest.approx(0, abs=1e-9)
     assert ratio.excludes(1)
     # The third of five rounds, in which the machine has slowed down by exp(0.6).
-    assert typical_seconds(found, "ours") == pytest.approx(2.2 * math.exp(0.6))
+    assert found.seconds("ours") == pytest.approx(2.2 * math.exp(0.6))
 
 
 def test_one_disturbed_visit_changes_nothing():
     seconds = made_up({"plain": 1.0, "ours": 1.0}, 0, between=0, within=0)
     seconds["ours"][1][2] *= 10
-    assert time_ratio(find_levels(seconds), "ours", "plain").value == pytest.approx(1)
+    assert find_levels(seconds).ratio("ours", "plain").value == pytest.approx(1)
 
 
 def test_the_resolution_is_students_interval_of_the_spread_between_instances():
@@ -48,7 +48,7 @@ def test_the_resolution_is_students_interval_of_the_spread_between_instances():
     assert found.degrees == 2
     assert found.deviation == pytest.approx(math.sqrt(4 * a**2 / 2))
     half = 4.302653 * found.deviation * math.sqrt(1 / 2 + 1 / 2)  # Student's t for two degrees of freedom
-    ratio = time_ratio(found, "ours", "plain")
+    ratio = found.ratio("ours", "plain")
     assert ratio.half_width == pytest.approx(math.expm1(half), rel=1e-4)
     assert ratio.low == pytest.approx(math.exp(-half), rel=1e-4)
 
@@ -56,19 +56,19 @@ def test_the_resolution_is_students_interval_of_the_spread_between_instances():
 def test_the_same_code_is_told_apart_in_about_one_run_of_twenty():
     true = {"plain": 1.0, "ours": 1.0, "built-in": 1.0}
     runs = 400
-    wrong = sum(time_ratio(find_levels(made_up(true, seed)), "ours", "plain").excludes(1) for seed in range(runs))
+    wrong = sum(find_levels(made_up(true, seed)).ratio("ours", "plain").excludes(1) for seed in range(runs))
     assert 0.02 < wrong / runs < 0.09
 
 
 def test_a_difference_well_beyond_the_resolution_is_told_apart():
     true = {"plain": 1.0, "ours": 1.2}
-    assert all(time_ratio(find_levels(made_up(true, seed)), "ours", "plain").excludes(1) for seed in range(50))
+    assert all(find_levels(made_up(true, seed)).ratio("ours", "plain").excludes(1) for seed in range(50))
 
 
 def test_an_overhead_as_a_share_of_another_has_an_interval_that_holds():
     true = {"plain": 1.0, "ours": 1.07, "built-in": 1.10}
     found = [find_levels(made_up(true, seed, between=0.005, within=0.001)) for seed in range(200)]
-    ratios = [overhead_ratio(one, "ours", "built-in", "plain") for one in found]
+    ratios = [one.overhead("ours", "built-in", "plain") for one in found]
     held = sum(abs(ratio.value - 0.7) <= ratio.half_width for ratio in ratios)
     assert 0.90 < held / len(ratios) < 0.99
     assert sum(ratio.value for ratio in ratios) / len(ratios) == pytest.approx(0.7, abs=0.02)
@@ -77,8 +77,8 @@ def test_an_overhead_as_a_share_of_another_has_an_interval_that_holds():
 @pytest.mark.parametrize("built_in", [1.0, 0.5])
 def test_an_overhead_as_a_share_of_one_that_is_no_overhead_is_not_resolved(built_in):
     found = find_levels(made_up({"plain": 1.0, "ours": 1.07, "built-in": built_in}, 0))
-    assert time_ratio(found, "built-in", "plain").excludes(1) == (built_in == 0.5)
-    ratio = overhead_ratio(found, "ours", "built-in", "plain")
+    assert found.ratio("built-in", "plain").excludes(1) == (built_in == 0.5)
+    ratio = found.overhead("ours", "built-in", "plain")
     assert not ratio.excludes(1)
     assert str(ratio) == "not resolved"
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from composer_se import launch
-from composer_se.commands.recipe import add_recipe_arguments, write_run_report
-from composer_se.commands.surgery_log import surgery_logged_from
+from composer_se.commands.options import add_recipe_arguments
+from composer_se.commands.train import write_run_report
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,14 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs what is left of the comparison, prints the table and writes table, picture and data.
 
-    Args:
-        args: What `add_arguments` parsed.
-
     Returns:
         0, or 130 or 143 when it was interrupted.
-
-    Raises:
-        UserError: An argument or an arm's recipe is wrong: nothing was written. Or a file can't be written.
     """
     comparison = _comparison(args)
     launch.share_cores()  # before torch is imported
@@ -65,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.recipe.run import exit_code_of
 
     check(comparison)
-    with launch.log_on_terminal(), surgery_logged_from(logging.WARNING):
+    with launch.log_on_terminal(), launch.logged_from(logging.WARNING):
         code = exit_code_of(lambda: _compare(comparison), comparison.folder)
     if code:
         launch.leave_interrupted("\ncomposer-se compare: stopped; the same command continues")

@@ -10,22 +10,23 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from composer_se.commands.device import add_device_argument, read_device
+from composer_se import launch
 from composer_se.commands.network import NamedNetwork, add_network_arguments, read_network
-from composer_se.commands.surgery_log import surgery_logged_from
-from composer_se.commands.widths import read_latent_channels, read_min_channels
+from composer_se.commands.options import (
+    add_device_argument,
+    add_squeeze_excite_arguments,
+    read_device,
+    read_min_channels,
+    read_squeeze_excite,
+    writing,
+)
 from composer_se.errors import UserError
 
 if TYPE_CHECKING:
-    import torch
-
-    from composer_se.cost.study import Settings
+    from composer_se.cost.settings import Settings
 
 __all__ = ["add_arguments", "run"]
 
@@ -42,16 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N,…",
         help="settings to compare, each a whole number or 'auto' (default: 64,128,256,512, or the recipe's)",
     )
-    what.add_argument(
-        "--min-channels-of",
-        choices=("output", "both"),
-        help="which channels must reach --min-channels: the conv's output's, or input's and output's (default: output)",
-    )
-    what.add_argument(
-        "--latent-channels",
-        metavar="N",
-        help="hidden width, or a share of the channels in (0, 1) (default: 64)",
-    )
+    add_squeeze_excite_arguments(what)
     what.add_argument(
         "--against", choices=("composer",), help="measure Composer's built-in too, on the same convs and widths"
     )
@@ -87,17 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables, writes the files asked for.
-
-    Args:
-        args: As parsed by `add_arguments`.
-
-    Returns:
-        0.
-
-    Raises:
-        UserError: An option is wrong, the network cannot be built or run, or a file cannot be written.
-    """
+    """Measures, prints the tables, writes the files asked for."""
     from rich.console import Console
 
     from composer_se.cost.picture import draw
@@ -113,33 +95,31 @@ def run(args: argparse.Namespace) -> int:
     network = read_network(args)
     settings = _settings(args, network)
     built = network.build()
-    with surgery_logged_from(logging.ERROR), progress_bar() as progress:
+    with launch.logged_from(logging.ERROR), progress_bar() as progress:
         study = measure(network.name, built, settings, progress)
     print_study(study, Console())
     if args.json is not None:
-        with _writing("--json", args.json):
+        with writing("--json", args.json):
             write_json(study, args.json)
     if args.plot is not None:
-        with _writing("--plot", args.plot):
+        with writing("--plot", args.plot):
             draw(study, args.plot)
     return 0
 
 
 def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
-    from composer_se.cost.study import Settings
-    from composer_se.options import SqueezeExciteOptions
+    from composer_se.cost.settings import Settings
 
     if args.instances < 2:
         raise UserError(f"--instances {args.instances}: at least 2 are needed to know what the run can resolve")
-    given = {
-        "min_channels_of": args.min_channels_of,
-        "latent_channels": None if args.latent_channels is None else read_latent_channels(args.latent_channels),
-    }
-    given = {option: value for option, value in given.items() if value is not None}
-    options = replace(network.squeeze_excite or SqueezeExciteOptions(), **given)
-    min_channels = DEFAULT_MIN_CHANNELS if network.squeeze_excite is None else (options.min_channels,)
+    options = read_squeeze_excite(args, network.squeeze_excite)
     if args.min_channels is not None:
-        min_channels = _min_channels(args.min_channels)
+        min_channels = tuple(dict.fromkeys(read_min_channels(part.strip()) for part in args.min_channels.split(",")))
+    else:
+        min_channels = DEFAULT_MIN_CHANNELS if network.squeeze_excite is None else (options.min_channels,)
+    device = read_device(args)
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {args.device}: only cpu and cuda devices can be timed")
     if args.layers and len(min_channels) > 1:
         raise UserError("--layers: measures the layers of one setting; give one --min-channels")
     return Settings(
@@ -148,7 +128,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
         against_composer=args.against == "composer",
         batch_size=args.batch_size,
         image_size=args.image_size or network.image_size or DEFAULT_IMAGE_SIZE,
-        device=_timed_device(args),
+        device=device,
         precision=args.precision,
         channels_last=args.channels_last,
         compiled=args.compile,
@@ -158,34 +138,15 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
     )
 
 
-def _min_channels(text: str) -> tuple[int | str, ...]:
-    return tuple(dict.fromkeys(read_min_channels(part.strip()) for part in text.split(",")))
-
-
-def _timed_device(args: argparse.Namespace) -> torch.device:
-    device = read_device(args)
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device}: only cpu and cuda devices can be timed")
-    return device
-
-
 def _check_file(option: str, path: Path | None) -> None:
     """Raises the error now and not after the measurement."""
     if path is None:
         return
     is_new = not os.path.lexists(path)
-    with _writing(option, path):
+    with writing(option, path):
         path.open("a").close()
         if is_new:
             path.unlink()  # a later failure must not leave an empty file
-
-
-@contextmanager
-def _writing(option: str, path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{option} {path}: can't be written: {error.strerror or error}") from error
 
 
 def _positive(text: str) -> int:

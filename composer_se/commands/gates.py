@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from composer_se.commands.device import add_device_argument, read_device
-from composer_se.errors import UserError
+from composer_se.commands.options import add_device_argument, read_device, writing
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,17 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyses, prints the table, writes picture and numbers, and writes the run's report again.
-
-    Args:
-        args: As parsed by `add_arguments`.
-
-    Returns:
-        0.
-
-    Raises:
-        UserError: The run, the checkpoint, the data or the device can't be had, or they don't fit together.
-    """
+    """Analyses, prints the table, writes picture and numbers, and writes the run's report again."""
     import warnings
 
     from rich.console import Console
@@ -62,12 +51,10 @@ def run(args: argparse.Namespace) -> int:
     classes = trained.classes or [str(k) for k in range(len(analysis.layers[0].by_class))]
     origin = {"name": trained.name, "checkpoint": str(trained.checkpoint), "data": trained.data}
     folder = args.out or (trained.run_folder or Path()) / "gates"
-    try:
+    with writing("--out", folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "gates.json").write_text(to_json(origin | as_dict(analysis, classes)))
         draw(title, analysis, classes, folder / "gates.png")
-    except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}") from error
     console = Console()
     print_analysis(title, analysis, console)
     written = [folder / "gates.png", folder / "gates.json"]

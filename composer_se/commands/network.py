@@ -22,19 +22,12 @@ __all__ = ["NamedNetwork", "add_network_arguments", "read_network"]
 
 @dataclass(frozen=True)
 class NamedNetwork:
-    """A network that the user named.
+    """A network that the user named."""
 
-    Attributes:
-        name: As the user wrote it.
-        build: Makes the plain network on the CPU, with the same weights at every call.
-        squeeze_excite: The recipe's `algorithms.squeeze_excite`; None without a recipe, or where it has none.
-        image_size: Height and width in pixels of the recipe's images; None if unknown.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    squeeze_excite: SqueezeExciteOptions | None = None
-    image_size: int | None = None
+    name: str  # as the user wrote it
+    build: Callable[[], nn.Module]  # makes the plain network on the CPU, with the same weights at every call
+    squeeze_excite: SqueezeExciteOptions | None = None  # the recipe's
+    image_size: int | None = None  # height and width in pixels of the recipe's images
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +44,7 @@ def add_network_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def read_network(args: argparse.Namespace) -> NamedNetwork:
-    """Finds the network that the arguments name.
-
-    Args:
-        args: As parsed by `add_network_arguments`.
-
-    Returns:
-        The network, not yet built.
+    """Finds the network that the arguments name, and does not build it yet.
 
     Raises:
         UserError: None or several are named, or what is named does not exist. `build` raises it where the network

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_se.commands.network import add_network_arguments, read_network
-from composer_se.commands.widths import read_latent_channels, read_min_channels
-from composer_se.errors import UserError
+from composer_se.commands.options import (
+    add_squeeze_excite_arguments,
+    read_min_channels,
+    read_squeeze_excite,
+    writing,
+)
+from composer_se.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from composer_se.options import SqueezeExciteOptions
     from composer_se.planning import Plan
 
 __all__ = ["add_arguments", "run"]
@@ -30,18 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser)
     choice = parser.add_argument_group("which convs (default: the recipe's, or those of apply_squeeze_excite)")
     choice.add_argument("--min-channels", metavar="N", help="least number of channels, or 'auto' (default: 128)")
-    choice.add_argument(
-        "--min-channels-of",
-        choices=("output", "both"),
-        help="which channels must reach --min-channels: the conv's output's, or input's and output's (default: output)",
-    )
-    choice.add_argument(
-        "--latent-channels", metavar="N", help="hidden width, or a share of the channels in (0, 1) (default: 64)"
-    )
-    choice.add_argument("--include", action="append", metavar="GLOB", help="only convs that match; may be repeated")
-    choice.add_argument("--exclude", action="append", metavar="GLOB", help="no conv that matches; may be repeated")
-    choice.add_argument("--init", choices=("default", "identity"), help="how blocks start (default: default)")
-    choice.add_argument("--placement", choices=("conv", "norm"), help="what the blocks follow (default: conv)")
+    add_squeeze_excite_arguments(choice)
     parser.add_argument(
         "--image-size",
         type=_size,
@@ -52,36 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan, or writes it as JSON.
-
-    Args:
-        args: As parsed by `add_arguments`.
-
-    Returns:
-        0.
-
-    Raises:
-        UserError: An option is wrong, or the network can't be built.
-    """
+    """Prints the plan, or writes it as JSON."""
     from rich.console import Console
 
     from composer_se.planning import plan
 
     network = read_network(args)
-    options = _options(args, network.squeeze_excite)
+    min_channels = None if args.min_channels is None else read_min_channels(args.min_channels)
+    options = read_squeeze_excite(
+        args, network.squeeze_excite, min_channels=min_channels, include=args.include, exclude=args.exclude
+    )
     try:
         planned = plan(network.build(), image_size=args.image_size or network.image_size, **asdict(options))
     except (TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
-    if args.json == "-":
-        json.dump(as_json(planned), sys.stdout, indent=2)
-        print()
-        return 0
+        raise UserError(one_line(error)) from error
     if args.json is not None:
-        try:
-            Path(args.json).write_text(json.dumps(as_json(planned), indent=2) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: {error.strerror}") from error
+        text = json.dumps(_as_dict(planned), indent=2)
+        if args.json == "-":
+            print(text)
+            return 0
+        with writing("--json", args.json):
+            Path(args.json).write_text(text + "\n")
     console = Console()
     console.print(_table(network.name, planned))
     for line in planned.summary():
@@ -91,36 +74,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def as_json(planned: Plan) -> dict[str, Any]:
-    """A plan for JSON: totals, notes and one object per conv."""
-    return {
-        **asdict(planned.options),
-        "threshold": planned.threshold,
-        "image_size": planned.image_size,
-        "parameters": planned.parameters,
-        "added_parameters": planned.added_parameters,
-        "multiply_adds": planned.multiply_adds,
-        "added_multiply_adds": planned.added_multiply_adds,
-        "gated_share": planned.gated_share,
-        "notes": planned.notes,
-        "convs": planned.to_dicts(),
-    }
-
-
-def _options(args: argparse.Namespace, recipe: SqueezeExciteOptions | None) -> SqueezeExciteOptions:
-    from composer_se.options import SqueezeExciteOptions
-
-    given = {
-        "min_channels": None if args.min_channels is None else read_min_channels(args.min_channels),
-        "min_channels_of": args.min_channels_of,
-        "latent_channels": None if args.latent_channels is None else read_latent_channels(args.latent_channels),
-        "include": args.include,
-        "exclude": args.exclude,
-        "init": args.init,
-        "placement": args.placement,
-    }
-    given = {option: value for option, value in given.items() if value is not None}
-    return replace(recipe or SqueezeExciteOptions(), **given)
+def _as_dict(planned: Plan) -> dict[str, Any]:
+    """Totals, notes and one object per conv."""
+    totals = (
+        *("threshold", "image_size", "parameters", "added_parameters"),
+        *("multiply_adds", "added_multiply_adds", "gated_share", "notes"),
+    )
+    return asdict(planned.options) | {name: getattr(planned, name) for name in totals} | {"convs": planned.to_dicts()}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -131,29 +91,13 @@ def _size(text: str) -> tuple[int, int]:
 
 
 def _table(name: str, planned: Plan) -> Table:
-    from rich import box
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=f"Squeeze-and-Excitation on {name}", box=box.SIMPLE_HEAD, title_justify="left", padding=(0, 1, 0, 0)
-    )
-    with_maps = planned.multiply_adds is not None
-    table.add_column("conv", overflow="fold")
-    table.add_column("×", justify="right", no_wrap=True)
-    table.add_column("channels", justify="right", no_wrap=True)
-    if with_maps:
-        table.add_column("map", justify="right", no_wrap=True)
-    # One column for the cost of chosen convs and the reason for the others, so that the table fits 80 characters.
-    gets = f"{'width':>5} {'+weights':>9}" + (f" {'+mult-adds':>10}" if with_maps else "")
-    table.add_column(Text(gets), min_width=len(gets))
-    for conv in planned.grouped():
-        cells = [conv.name, str(conv.num_convs), f"{conv.in_channels}→{conv.out_channels}"]
-        if with_maps:
-            cells.append("×".join(map(str, conv.map_size)) if conv.map_size else "")
-        gets = f"{conv.latent_channels:>5} {conv.added_parameters:>9,}"
-        gets += f" {conv.added_multiply_adds:>10,}" if with_maps else ""
-        # As Text: brackets of a name are no markup.
-        cells.append(gets if conv.chosen else conv.reason)
-        table.add_row(*map(Text, cells), style="green" if conv.chosen else "dim")
+    from composer_se.show.terminal import new_table
+
+    heads, *rows = planned.rows()
+    table = new_table(f"Squeeze-and-Excitation on {name}", "", heads[0], heads[1:-1], side=0)
+    table.add_column(heads[-1], min_width=len(heads[-1]))
+    for conv, row in zip(planned.grouped(), rows, strict=True):
+        table.add_row(*map(Text, row), style="green" if conv.chosen else "dim")  # as Text: brackets are no markup
     return table

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from composer_se import launch
-from composer_se.commands.recipe import add_recipe_arguments, write_run_report
+from composer_se.commands.options import add_recipe_arguments
 
 if TYPE_CHECKING:
     from composer_se.recipe.schema import Recipe
 
-__all__ = ["add_arguments", "run", "run_recipe"]
-
-
-_WORDS = {
-    "metrics/eval/MulticlassAccuracy": "held-out accuracy",
-    "metrics/eval/CrossEntropy": "held-out cross entropy",
-    "loss/train/total": "last training loss",
-    "throughput/samples_per_sec": "images per second",
-}
+__all__ = ["add_arguments", "run", "run_recipe", "write_run_report"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,39 +82,26 @@ def _train_and_show(recipe: Recipe) -> None:
         )
 
 
+def write_run_report(run_folder: Path) -> None:
+    """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
+    from composer_se.report import write_report
+
+    try:
+        write_report(run_folder)
+    except Exception:
+        logging.getLogger(__name__).warning("%s: report.html could not be written", run_folder, exc_info=True)
+
+
 def _print_summary(summary: dict[str, Any]) -> None:
     """Prints the summary of a complete run as a table that fits 80 columns."""
     from rich.console import Console
     from rich.table import Table
 
-    from composer_se.show.text import duration
+    from composer_se.report.contents import outcome
 
-    length = f"{_count(summary['epoch'], 'epoch', 'epochs')}, {_count(summary['batch'], 'batch', 'batches')}"
-    table = Table(title=f"{summary['run_name']}: {length}", show_header=False)
+    table = Table(title=summary["run_name"], show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(justify="right", overflow="fold")
-    for name, value in summary["metrics"].items():
-        if name in _WORDS:
-            table.add_row(_WORDS[name], _format(name, value))
-    total, added = summary["parameters"], summary["squeeze_excite_parameters"]
-    table.add_row("SE layers", str(summary["squeeze_excite_layers"]))
-    table.add_row("parameters", f"{total:,}")
-    share = f" (+{added / (total - added):.2%})" if added else ""
-    table.add_row("of these added by SE", f"{added:,}{share}")
-    if (trained := summary.get("trained", total)) < total:  # summaries of earlier versions lack it
-        table.add_row("of these trained", f"{trained:,} ({trained / total:.2%})")
-    table.add_row("wall time", duration(summary["wall_seconds"]))
-    table.add_row("folder", summary["run_folder"])
+    for row in (outcome(summary) | {"folder": summary["run_folder"]}).items():
+        table.add_row(*row)
     Console().print(table)
-
-
-def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}"
-
-
-def _format(name: str, value: float | None) -> str:
-    if value is None:
-        return "not finite"
-    if name.endswith("Accuracy"):
-        return f"{value:.2%}"
-    return f"{value:.1f}" if name.startswith("throughput") else f"{value:.4f}"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,26 +13,12 @@ from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.schema import Recipe, keys
 
-__all__ = ["Arm", "Comparison", "default_arms", "lengthened", "run_recipes"]
-
-# The comparison sets these keys itself, so that each run has its own.
-_RESERVED = keys("set")
-
-# What has to be the same in all arms for their accuracies to be comparable at equal epochs.
-_SHARED = keys("same")
-
-_WITHOUT_SE = "algorithms.squeeze_excite=null"
-_RECOMMENDED_SE = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
+__all__ = ["Arm", "Comparison", "checking", "default_arms", "lengthened", "run_recipes"]
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared.
-
-    Attributes:
-        name: As tables and pictures call it.
-        overrides: `dotted.key=value` strings, on top of the recipe and of what all arms share.
-    """
+    """One of the things compared: its name, and `dotted.key=value` strings on top of what all arms share."""
 
     name: str
     overrides: tuple[str, ...]
@@ -44,93 +31,78 @@ class Arm:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The question: a recipe, its arms, and how often each is trained.
+    """The question: a recipe, its arms, and how often each is trained."""
 
-    Attributes:
-        recipe: The path of a YAML file, or the name of a shipped recipe.
-        overrides: `dotted.key=value` strings for all arms.
-        arms: Two or more; the first is the reference that the others are compared with.
-        num_seeds: Runs of every arm: seeds count up from the recipe's.
-        folder: Where everything goes.
-    """
-
-    recipe: str
-    overrides: tuple[str, ...]
-    arms: tuple[Arm, ...]
-    num_seeds: int
-    folder: Path
+    recipe: str  # the path of a YAML file, or the name of a shipped recipe
+    overrides: tuple[str, ...]  # for all arms
+    arms: tuple[Arm, ...]  # two or more
+    num_seeds: int  # runs of every arm: seeds count up from the recipe's
+    folder: Path  # where everything goes
 
     @property
     def reference(self) -> Arm:
-        """The arm that the others are compared with."""
+        """The first arm, which the others are compared with."""
         return self.arms[0]
 
 
 def default_arms(recipe: str, overrides: Sequence[str]) -> tuple[Arm, Arm]:
     """The recipe without SE, and as written; a recipe without SE gets the recommended setting."""
     has_se = (load_recipe(recipe, overrides).algorithms or {}).get("squeeze_excite") is not None
-    return Arm("plain", (_WITHOUT_SE,)), Arm("with SE", () if has_se else (_RECOMMENDED_SE,))
+    recommended = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
+    return Arm("plain", ("algorithms.squeeze_excite=null",)), Arm("with SE", () if has_se else (recommended,))
+
+
+@contextmanager
+def checking(arm: str) -> Iterator[None]:
+    """Names the arm in complaints about it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"--arm {arm}: {error}") from error
 
 
 def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
-    """The recipe of every arm's run with one of the seeds.
+    """The recipe of every arm's run with one of the seeds, by the arm's name; 0 is the recipe's own seed.
 
-    Args:
-        comparison: What is compared.
-        seed_index: 0 for the recipe's own seed, 1 for the next.
-
-    Returns:
-        Arm name to recipe; the run's folder is `FOLDER/runs/ARM-seedN`.
+    The run's folder is `FOLDER/runs/ARM-seedN`.
 
     Raises:
         UserError: A recipe is wrong, or an arm sets a key of the comparison's own, or has nothing to be evaluated on.
     """
-    for override in comparison.overrides:
-        _refuse(override, [key for key in _RESERVED if key != "seed"], "")
+    reserved = keys("set")  # the comparison sets these keys itself, so that each run has its own
+    _refuse(comparison.overrides, [key for key in reserved if key != "seed"])
     load_recipe(comparison.recipe, comparison.overrides)  # what is wrong in all arms is no arm's fault
-    recipes = {}
+    recipes: dict[str, Recipe] = {}
     for arm in comparison.arms:
-        for override in arm.overrides:
-            _refuse(override, _RESERVED, f"--arm {arm.name}: ")
-        try:
-            recipe = _placed(comparison, arm, arm.slug, seed_index)
-        except UserError as error:
-            raise UserError(f"--arm {arm.name}: {error}") from error
-        if recipe.eval_dataset is None:
-            raise UserError(f"--arm {arm.name}: eval_dataset is null: there would be no accuracy to compare")
-        recipes[arm.name] = recipe
-    _check_comparable(recipes, comparison.reference.name)
+        with checking(arm.name):
+            _refuse(arm.overrides, reserved)
+            recipe = recipes[arm.name] = _placed(comparison, arm, arm.slug, seed_index)
+            if recipe.eval_dataset is None:
+                raise UserError("eval_dataset is null: there would be no accuracy to compare")
+            _check_comparable(recipe, recipes[comparison.reference.name], comparison.reference.name)
     return recipes
 
 
-def _refuse(override: str, reserved: Sequence[str], prefix: str) -> None:
-    key = override.partition("=")[0].strip()
-    if key in reserved:
-        raise UserError(f"{prefix}{key} is set by the comparison itself; leave it out")
+def _refuse(overrides: Sequence[str], reserved: Sequence[str]) -> None:
+    for key in (override.partition("=")[0].strip() for override in overrides):
+        if key in reserved:
+            raise UserError(f"{key} is set by the comparison itself; leave it out")
 
 
-def _check_comparable(recipes: dict[str, Recipe], reference: str) -> None:
-    base = recipes[reference]
+def _check_comparable(recipe: Recipe, base: Recipe, reference: str) -> None:
+    """Accuracies are comparable at equal epochs if these keys are the same in all arms."""
     counts_batches = str(base.max_duration).endswith("ba") or base.train_subset_num_batches != -1
-    for name, recipe in recipes.items():
-        for key in (*_SHARED, "train_batch_size") if counts_batches else _SHARED:
-            ours, theirs = getattr(recipe, key), getattr(recipes[reference], key)
-            if ours != theirs:
-                raise UserError(
-                    f"--arm {name}: {key} is {ours!r}, but {theirs!r} in {reference}; "
-                    "all arms have to be trained on as many images and evaluated on the same ones"
-                )
+    for key in (*keys("same"), "train_batch_size") if counts_batches else keys("same"):
+        ours, theirs = getattr(recipe, key), getattr(base, key)
+        if ours != theirs:
+            raise UserError(
+                f"{key} is {ours!r}, but {theirs!r} in {reference}; "
+                "all arms have to be trained on as many images and evaluated on the same ones"
+            )
 
 
 def lengthened(comparison: Comparison, seed_index: int, batches_before: int, batches: int) -> Recipe:
-    """A run of the reference that takes another number of steps, with its schedule stretched to fit.
-
-    Args:
-        comparison: What is compared.
-        seed_index: As for `run_recipes`.
-        batches_before: The number of its training steps.
-        batches: The number of steps wanted.
-    """
+    """A run of the reference with another number of steps than before, its schedule stretched to fit."""
     reference = comparison.reference
     name = f"{reference.slug}-{batches}ba"
     recipe = _placed(comparison, reference, name, seed_index)

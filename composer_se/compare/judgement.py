@@ -9,7 +9,7 @@ from statistics import mean
 
 from composer_se.compare.arms import Comparison
 from composer_se.compare.outcomes import accuracy_after
-from composer_se.compare.run import Findings, training_seconds
+from composer_se.compare.run import Findings
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means, students_t
 
 __all__ = ["Judgement", "judge", "seeds_needed"]
@@ -17,32 +17,19 @@ __all__ = ["Judgement", "judge", "seeds_needed"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """One arm beside the reference. Accuracies are shares, differences those of shares.
-
-    Attributes:
-        arm: Its name.
-        accuracies: Final accuracy per seed.
-        equal_epochs: How much more accurate it is than the reference after as many epochs. None for the reference.
-        equal_time: How much more than the reference trained for as long as this arm trains. None for the reference.
-        beside_best_no_slower: The most accurate of the other arms that are not shown to be slower in inference, and how
-            much more accurate this one is. None where all others are slower.
-        step_time: Time of a training step over the reference's.
-        latency: Inference time of one image over the reference's.
-        parameters: Of the trained network.
-        se_layers: Layers with our SE.
-        sentence: What the evidence decides.
-    """
+    """One arm beside the reference. Accuracies are shares, differences those of shares, ratios over the reference's."""
 
     arm: str
-    accuracies: tuple[float, ...]
-    equal_epochs: Interval | None
-    equal_time: Interval | None
+    accuracies: tuple[float, ...]  # at the end, per seed
+    equal_epochs: Interval | None  # how much more accurate it is than the reference, which has None itself
+    equal_time: Interval | None  # the same for a reference that is trained for as long as this arm
+    # The most accurate of the other arms that are not shown to be slower in inference, and the difference to it.
     beside_best_no_slower: tuple[str, Interval] | None
     step_time: Interval
     latency: Interval
     parameters: int
     se_layers: int
-    sentence: str
+    sentence: str  # what the evidence decides
 
 
 def judge(comparison: Comparison, findings: Findings) -> list[Judgement]:
@@ -53,12 +40,11 @@ def judge(comparison: Comparison, findings: Findings) -> list[Judgement]:
 def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
     reference = comparison.reference.name
     speed, base = findings.speeds[arm], findings.speeds[reference]
-    runs = findings.runs[arm]
-    ours = [run.accuracy for run in runs]
+    runs, ours = findings.runs[arm], findings.accuracies(arm)
     equal_epochs = equal_time = None
     sentence = "what the others are compared with."
     if arm != reference:
-        equal_epochs = mean_difference(ours, [run.accuracy for run in findings.runs[reference]])
+        equal_epochs = mean_difference(ours, findings.accuracies(reference))
         equal_time = mean_difference(ours, _reference_at_time_of(arm, reference, findings))
         sentence = _sentence(equal_epochs, equal_time, reference, len(runs))
     return Judgement(
@@ -77,29 +63,23 @@ def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
 
 def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[float]:
     """Per seed, what the reference reaches in the time that the arm's training takes."""
-    seconds = training_seconds(arm, findings)
+    seconds = findings.training_seconds(arm)
     seconds_per_step = mean(findings.speeds[reference].step)
-    accuracies = []
-    for own in findings.runs[reference]:
-        others = [run for run in findings.other_lengths if run.seed == own.seed]
-        accuracies.append(accuracy_after(seconds, [own, *others], seconds_per_step))
-    return accuracies
+    lengths = [
+        [own, *(run for run in findings.other_lengths if run.seed == own.seed)] for own in findings.runs[reference]
+    ]
+    return [accuracy_after(seconds, runs, seconds_per_step) for runs in lengths]
 
 
 def _beside_best_no_slower(arm: str, comparison: Comparison, findings: Findings) -> tuple[str, Interval] | None:
-    """The most accurate of the other arms that are not shown to be slower, and the difference to it."""
-
     def is_slower(other: str) -> bool:
         return ratio_of_means(findings.speeds[other].latency, findings.speeds[arm].latency).low > 1
-
-    def final(name: str) -> list[float]:
-        return [run.accuracy for run in findings.runs[name]]
 
     rivals = [other.name for other in comparison.arms if other.name != arm and not is_slower(other.name)]
     if not rivals:
         return None
-    rival = max(rivals, key=lambda name: mean(final(name)))
-    return rival, mean_difference(final(arm), final(rival))
+    rival = max(rivals, key=lambda name: mean(findings.accuracies(name)))
+    return rival, mean_difference(findings.accuracies(arm), findings.accuracies(rival))
 
 
 def _sentence(equal_epochs: Interval, equal_time: Interval, reference: str, seeds: int) -> str:
@@ -147,10 +127,6 @@ def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
     """About how many seeds would give a 50 % chance to detect a difference as small as the one seen.
-
-    Args:
-        difference: Over the seeds there are.
-        seeds: How many there are.
 
     Returns:
         The number of seeds whose interval would be as wide as the difference is large. One more than there are where no

@@ -36,12 +36,6 @@ def read_or_measure_speeds(
     measurement continues with the next one. An arm that came later is measured in rounds with the reference; the
     drift since the reference was measured first is taken out by the reference's own change.
 
-    Args:
-        recipes: Arm name to recipe.
-        reference: Name of the arm that the others are compared with.
-        folder: The comparison's.
-        progress: Called before each turn.
-
     Returns:
         Arm name to speed, the machine that the reference was measured on, and its number of processes.
 
@@ -55,8 +49,8 @@ def read_or_measure_speeds(
     if kept.get(reference, {}).get("recipe") != described[reference]:
         kept = {}
     entries = {name: entry for name, entry in kept.items() if entry.get("recipe") == described.get(name)}
-    rounds = {name: len(entry["speed"]["step"]) for name, entry in entries.items()}
-    missing = {name: range(rounds.get(name, 0), ROUNDS) for name in recipes if rounds.get(name, 0) < ROUNDS}
+    taken = {name: len(entries[name]["speed"]["step"]) if name in entries else 0 for name in recipes}
+    missing = {name: range(rounds, ROUNDS) for name, rounds in taken.items() if rounds < ROUNDS}
     if missing:
         if reference in entries:
             _check_same_machine(entries[reference], recipes[reference], path)

@@ -28,25 +28,15 @@ _ACCURACY = "metrics/eval/MulticlassAccuracy"
 
 @dataclass(frozen=True)
 class Outcome:
-    """One complete run.
+    """One complete run."""
 
-    Attributes:
-        run: Its name, which is its folder's.
-        seed: Its seed.
-        batches: Its training steps.
-        accuracies: After so many steps, the share of the held-out images that was classified correctly.
-        wall_seconds: What the run took, its evaluations and start included, in one go or since it was resumed.
-        parameters: Of the trained network.
-        se_layers: Layers with our SE.
-    """
-
-    run: str
+    run: str  # its name, which is its folder's
     seed: int
-    batches: int
-    accuracies: tuple[tuple[int, float], ...]
-    wall_seconds: float
-    parameters: int
-    se_layers: int
+    batches: int  # training steps
+    accuracies: tuple[tuple[int, float], ...]  # after so many steps, the share of held-out images classified correctly
+    wall_seconds: float  # evaluations and start included, in one go or since it was resumed
+    parameters: int  # of the trained network
+    se_layers: int  # layers with our SE
 
     @property
     def accuracy(self) -> float:
@@ -55,12 +45,7 @@ class Outcome:
 
 
 def read_outcome(summary: dict[str, Any], run_folder: Path, seed: int) -> Outcome:
-    """Reads a complete run.
-
-    Args:
-        summary: Of the run.
-        run_folder: Its folder.
-        seed: Its seed.
+    """Reads a complete run from its summary and its metrics.
 
     Raises:
         UserError: The run was never evaluated, or its metrics are damaged.
@@ -149,16 +134,10 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def accuracy_after(seconds: float, runs: Sequence[Outcome], seconds_per_step: float) -> float:
-    """The final accuracy that training for a time would give, from runs of different lengths.
+    """The final accuracy that training for a time would give, from complete runs of one arm and seed.
 
-    Args:
-        seconds: The training time.
-        runs: Complete runs of one arm and seed, each with its schedule to the end.
-        seconds_per_step: The arm's.
-
-    Returns:
-        The accuracy, interpolated between the ends of the runs, along the logarithm of the time, since what more
-        training adds gets less and less; that of the nearest run outside of them.
+    It is interpolated between the ends of the runs, along the logarithm of the time, since more training adds less and
+    less. Outside of them it is that of the nearest run.
     """
     ends = sorted((math.log(run.batches * seconds_per_step), run.accuracy) for run in runs)
     return float(np.interp(math.log(seconds), [end for end, _ in ends], [accuracy for _, accuracy in ends]))

@@ -22,15 +22,7 @@ _ACCURACY = "held-out accuracy, %"
 
 
 def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], caption: str, path: Path) -> None:
-    """Draws four panels.
-
-    Args:
-        comparison: What was compared.
-        findings: With one seed at least.
-        judgements: Of every arm, in the same order.
-        caption: Below the panels: the conditions.
-        path: The file to write; its ending names the format.
-    """
+    """Draws four panels: accuracy against epochs, time and latency, and the differences; the caption stands below."""
     colours = (BLACK, *COLOURS)
     styles: dict[str, _Style] = {
         arm.name: {"color": colours[i % len(colours)], "marker": MARKERS[(i + i // len(MARKERS)) % len(MARKERS)]}

@@ -15,7 +15,7 @@ from composer_se.compare.judgement import Judgement
 from composer_se.compare.run import Findings
 from composer_se.measure.uncertainty import Interval, ratio_of_means
 from composer_se.show.terminal import new_table
-from composer_se.show.text import to_json
+from composer_se.show.text import markdown_table, to_json
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
 
@@ -63,42 +63,27 @@ def print_speeds(comparison: Comparison, findings: Findings, console: Console) -
 def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
     """The report: table, sentences, picture, how it was made, and every run's final accuracy."""
     lines = [f"# {comparison.recipe}: {' / '.join(arm.name for arm in comparison.arms)}", ""]
-    lines += markdown_table(judgements)
+    rows = [[*_cells(j, " "), str(j.se_layers or "–"), f"{j.parameters:,}"] for j in judgements]
+    lines += markdown_table([*_HEADS, "SE layers", "parameters"], rows)
     lines += ["", f"{_EXPLANATION} {_SMALL_PRINT}", ""]
     lines += [f"- {line}" for line in _sentences(judgements)]
     lines += ["", "![Accuracy against epochs, training time and latency, and paired differences](comparison.png)", ""]
     lines += [conditions(comparison, findings), "", "```", command(comparison, findings.processes), "```", ""]
-    lines += ["## Every run", "", "| run | steps | final accuracy, % | wall time, s |", "|---|---|---|---|"]
     runs = [run for arm in comparison.arms for run in findings.runs[arm.name]] + findings.other_lengths
-    lines += [f"| {run.run} | {run.batches} | {100 * run.accuracy:.2f} | {run.wall_seconds:.0f} |" for run in runs]
+    rows = [(r.run, str(r.batches), f"{100 * r.accuracy:.2f}", f"{r.wall_seconds:.0f}") for r in runs]
+    lines += ["## Every run", "", *markdown_table(("run", "steps", "final accuracy, %", "wall time, s"), rows)]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(judgements: Sequence[Judgement]) -> list[str]:
-    """The lines of the table in Markdown."""
-    heads = [*_HEADS, "SE layers", "parameters"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for judged in judgements:
-        cells = [*_cells(judged, " "), str(judged.se_layers or "–"), f"{judged.parameters:,}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
 
 
 def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
     """Everything: the question, the raw findings, and what was made of them."""
-    content = {
-        "recipe": comparison.recipe,
-        "overrides": comparison.overrides,
-        "arms": [dataclasses.asdict(arm) for arm in comparison.arms],
-        "command": command(comparison, findings.processes),
-        "processes": findings.processes,
-        "machine": dataclasses.asdict(findings.machine),
-        "speeds": {name: dataclasses.asdict(speed) for name, speed in findings.speeds.items()},
-        "runs": {name: [dataclasses.asdict(run) for run in runs] for name, runs in findings.runs.items()},
-        "other_lengths": [dataclasses.asdict(run) for run in findings.other_lengths],
-        "judgements": [dataclasses.asdict(judged) for judged in judgements],
-    }
-    return to_json(content)
+    question, found = dataclasses.asdict(comparison), dataclasses.asdict(findings)
+    return to_json(
+        {key: question[key] for key in ("recipe", "overrides", "arms")}
+        | {"command": command(comparison, findings.processes)}
+        | {key: found[key] for key in ("processes", "machine", "speeds", "runs", "other_lengths")}
+        | {"judgements": [dataclasses.asdict(judged) for judged in judgements]}
+    )
 
 
 def command(comparison: Comparison, processes: int) -> str:

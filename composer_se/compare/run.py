@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryFile
 
 from composer import Callback, State
@@ -12,7 +13,7 @@ from composer.core import Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
-from composer_se.compare.arms import Comparison, lengthened, run_recipes
+from composer_se.compare.arms import Comparison, checking, lengthened, run_recipes
 from composer_se.compare.kept_speeds import read_or_measure_speeds
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome, read_outcome
 from composer_se.compare.speed import Speed
@@ -31,27 +32,24 @@ __all__ = ["Findings", "check", "run_comparison"]
 # A share of the training time that no affordable number of seeds could tell from none.
 NEGLIGIBLE = 0.01
 
-# Callbacks that end training before its duration.
-_STOPPERS = ("early_stopper", "threshold_stopper")
-
 
 @dataclass
 class Findings:
-    """Everything known so far.
+    """Everything known so far."""
 
-    Attributes:
-        speeds: Arm name to how fast it is.
-        machine: Where the speeds were measured.
-        processes: On how many processes.
-        runs: Arm name to its complete runs of the recipe's length, in the order of the seeds.
-        other_lengths: The reference's runs of other lengths, made to compare at equal training time.
-    """
+    speeds: dict[str, Speed]  # by arm
+    machine: Machine  # where the speeds were measured
+    processes: int = 1  # on how many
+    runs: dict[str, list[Outcome]] = field(default_factory=dict)  # by arm, of the recipe's length, one for each seed
+    other_lengths: list[Outcome] = field(default_factory=list)  # of the reference, to compare at equal training time
 
-    speeds: dict[str, Speed]
-    machine: Machine
-    processes: int = 1
-    runs: dict[str, list[Outcome]] = field(default_factory=dict)
-    other_lengths: list[Outcome] = field(default_factory=list)
+    def accuracies(self, arm: str) -> list[float]:
+        """The final accuracy of an arm per seed."""
+        return [run.accuracy for run in self.runs[arm]]
+
+    def training_seconds(self, arm: str) -> float:
+        """The time of an arm's training at the speed measured, without evaluations."""
+        return self.runs[arm][0].batches * mean(self.speeds[arm].step)
 
 
 def check(comparison: Comparison) -> None:
@@ -62,18 +60,16 @@ def check(comparison: Comparison) -> None:
     """
     make_plan(load_recipe(comparison.recipe, comparison.overrides))  # what is wrong in all arms is no arm's fault
     for name, recipe in run_recipes(comparison, 0).items():
-        try:
+        with checking(name):
             make_plan(recipe)
             if Time.from_input(recipe.eval_interval, TimeUnit.EPOCH).value <= 0:
                 raise UserError(f"eval_interval: is {recipe.eval_interval!r}: there would be no accuracy to compare")
-            for stopper in _STOPPERS:
+            for stopper in ("early_stopper", "threshold_stopper"):
                 if (recipe.callbacks or {}).get(stopper) is not None:
                     raise UserError(
                         f"callbacks.{stopper}: would end runs at different lengths, where they are compared at equal "
                         f"ones; leave it out with callbacks.{stopper}=null"
                     )
-        except UserError as error:
-            raise UserError(f"--arm {name}: {error}") from error
 
 
 def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
@@ -82,10 +78,6 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
     The arms of a seed take turns in an order that moves on from seed to seed. After them the reference is trained
     once more for as long as the slowest arm takes, and for as short as the fastest, where they differ from it. What
     was complete before is only read.
-
-    Args:
-        comparison: What is compared, checked.
-        progress: Called after every training step.
 
     Yields:
         The findings after the measuring and after each seed: the same object, grown.
@@ -128,18 +120,12 @@ def _check_writable(folder: Path) -> None:
 def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
     """In steps of the reference, the longest and the shortest training time among the arms where it is not its own."""
     reference = comparison.reference.name
-    own = training_seconds(reference, findings)
-    times = [training_seconds(arm.name, findings) for arm in comparison.arms]
+    own = findings.training_seconds(reference)
+    times = [findings.training_seconds(arm.name) for arm in comparison.arms]
     wanted = [time for time in (min(times), max(times)) if abs(time / own - 1) > NEGLIGIBLE]
     batches = findings.runs[reference][0].batches
     lengths = {max(1, round(batches * time / own)) for time in wanted}
     return sorted(lengths - {batches})
-
-
-def training_seconds(arm: str, findings: Findings) -> float:
-    """The time of an arm's training at the speed measured, without evaluations."""
-    steps = findings.speeds[arm].step
-    return findings.runs[arm][0].batches * sum(steps) / len(steps)
 
 
 def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outcome:

@@ -18,9 +18,9 @@ from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
 from torch import nn
 
-from composer_se.errors import UserError
+from composer_se.compare.arms import checking
 from composer_se.measure.steps import inference_step
-from composer_se.measure.timing import steps_per_visit, synchronize
+from composer_se.measure.timing import steps_per_visit, synchronize, time_step
 from composer_se.recipe.distributed import from_rank_zero
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import Parts, build_parts, end_trainer, make_trainer, release_memory
@@ -37,16 +37,10 @@ _OPTIONS = (*keys("trainer", "speed"), "seed", "dist_timeout")
 
 @dataclass(frozen=True)
 class Speed:
-    """The speed of an arm, turn by turn.
+    """The speed of an arm, turn by turn."""
 
-    Attributes:
-        step: Seconds per training step, loading the batch included; the mean of each turn.
-        latency: Seconds per image, one at a time, in inference; the median of each turn.
-        batches_per_epoch: Training steps of an epoch.
-    """
-
-    step: tuple[float, ...]
-    latency: tuple[float, ...]
+    step: tuple[float, ...]  # seconds per training step, loading the batch included; the mean of each turn
+    latency: tuple[float, ...]  # seconds per image, one at a time, in inference; the median of each turn
     batches_per_epoch: int
 
 
@@ -84,13 +78,13 @@ class _Stopwatch(Callback):
 
 
 def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
-    """Times inference, then some training steps.
+    """Times inference, then some training steps, of which the first quarter is not counted.
 
     Args:
         name: Of the arm.
         recipe: Its recipe.
         share: Where in the run's duration the steps are taken, from 0 to 1.
-        steps: How many are trained; the first quarter of them is not timed.
+        steps: How many are trained.
 
     Returns:
         The times; under the launcher those of rank zero, on all ranks.
@@ -99,10 +93,8 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
         UserError: The recipe can't be built.
     """
     stopwatch = _Stopwatch(steps)
-    try:
+    with checking(name):
         trainer, parts = _build(recipe, stopwatch)
-    except UserError as error:
-        raise UserError(f"--arm {name}: {error}") from error
     state, loader = trainer.state, parts.train_loader
     assert loader is not None
     batches_per_epoch = int(state.dataloader_len or len(loader))
@@ -147,17 +139,13 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
     image = image.to(device)
     network.eval()
 
-    def seconds() -> float:
-        synchronize(device)
-        started = perf_counter()
+    def step() -> None:
         inference_step(network, image, lambda: get_precision_context(state.precision, state.precision_config))
-        synchronize(device)
-        return perf_counter() - started
 
-    seconds()
-    once = seconds()
+    step()
+    once = time_step(step, device)
     untimed, timed = from_rank_zero(lambda: steps_per_visit(once))  # sharded weights are gathered by all ranks at once
-    times = [seconds() for _ in range(untimed + timed)]
+    times = [time_step(step, device) for _ in range(untimed + timed)]
     network.train()
     return median(times[untimed:])
 

@@ -35,12 +35,7 @@ class FullSizePasses(TorchDispatchMode):
     - a tensor has as many elements as it has in memory, so a stride-0 `expand` of a small one is small;
     - views, and operators that only look at a shape, count nothing.
 
-    Args:
-        numel: The number of elements that counts as full size.
-
-    Attributes:
-        reads: Full-size reads so far.
-        writes: Full-size writes so far.
+    `reads` and `writes` hold the numbers so far.
     """
 
     def __init__(self, numel: int):
@@ -71,9 +66,6 @@ def full_size_passes(
         plain: The same without SE.
         inputs: What the layer receives in the network, (N, C, H, W).
         autocast: Makes the context of the forward pass.
-
-    Returns:
-        Reads plus writes of tensors with as many elements as the conv's output.
     """
     with torch.no_grad(), autocast():
         numel = plain(inputs).numel()
@@ -98,9 +90,7 @@ def _operands(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """The tensors that one operator read and those that it wrote."""
     name = func._schema.name.removeprefix("aten::")
-    read: list[torch.Tensor] = []
-    written: list[torch.Tensor] = []
-    inputs: set[int] = set()
+    read, written, inputs = [], [], set()
     for argument, value in _bind(func._schema.arguments, args, kwargs):
         mutated = argument.alias_info is not None and argument.alias_info.is_write
         for tensor in _tensors(value):
@@ -114,9 +104,7 @@ def _operands(
     fresh = [tensor for tensor in outputs if _address(tensor) not in inputs]
     if outputs and not fresh and not written:
         return [], []  # a view
-    if name not in _NOT_WRITTEN:
-        written += fresh
-    return read, written
+    return read, written if name in _NOT_WRITTEN else written + fresh
 
 
 def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:

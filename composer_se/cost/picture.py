@@ -6,7 +6,7 @@ from pathlib import Path
 
 from composer_se.cost.study import Study
 from composer_se.cost.tables import conditions
-from composer_se.cost.variants import PLAIN
+from composer_se.cost.variants import PLAIN, Variant
 from composer_se.measure.uncertainty import Interval
 from composer_se.show.pictures import COLOURS, GREY, caption_below, legend_above, new_figure, style
 
@@ -25,16 +25,14 @@ _EXPLANATION = (
 
 
 def draw(study: Study, path: Path) -> None:
-    """Draws one panel for each kind of step and one for the bytes saved for backward, all on one scale.
-
-    Args:
-        study: The study.
-        path: The file to write; its ending names the format.
-    """
-    codes = [code for code in _STYLES if any(v.code == code for v in study.variants)]
-    panels = {f"{kind}, time": {code: _times(study, kind, code) for code in codes} for kind in study.seconds}
-    panels["saved for backward, bytes"] = {code: _saved(study, code) for code in codes}
-    settings = [v for v in study.variants if v.code == "composer-se"]
+    """Draws one panel for each kind of step and one for the bytes saved for backward, all on one scale."""
+    variants = {code: study.of_code(code) for code in _STYLES if study.of_code(code)}
+    panels = {
+        f"{kind}, time": {code: [levels.ratio(v.name, PLAIN) for v in same] for code, same in variants.items()}
+        for kind, levels in study.levels.items()
+    }
+    panels["saved for backward, bytes"] = {code: [_saved(study, v) for v in same] for code, same in variants.items()}
+    settings = variants["composer-se"]
     rows = (len(panels) + 1) // 2
     figure = new_figure(8, 2 + 2.5 * rows)
     axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
@@ -63,11 +61,6 @@ def draw(study: Study, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _times(study: Study, kind: str, code: str) -> list[Interval]:
-    return [study.ratio(kind, v.name) for v in study.variants if v.code == code]
-
-
-def _saved(study: Study, code: str) -> list[Interval]:
-    plain = study.counts[PLAIN].saved_bytes
-    values = [study.counts[v.name].saved_bytes / plain for v in study.variants if v.code == code]
-    return [Interval(value, value, value) for value in values]
+def _saved(study: Study, variant: Variant) -> Interval:
+    ratio = study.counts[variant.name].saved_bytes / study.counts[PLAIN].saved_bytes
+    return Interval(ratio, ratio, ratio)

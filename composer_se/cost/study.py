@@ -4,120 +4,55 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import nn
 
 from composer_se.cost.counts import Counts, count
 from composer_se.cost.layers import LayerTimes, measure_layers
-from composer_se.cost.levels import Levels, find_levels, overhead_ratio, time_ratio, typical_seconds
-from composer_se.cost.variants import PLAIN, Variant, make_variants
+from composer_se.cost.levels import Levels, find_levels
+from composer_se.cost.settings import Settings
+from composer_se.cost.variants import Variant, make_variants
 from composer_se.errors import UserError
 from composer_se.measure.machine import Machine, describe_machine
-from composer_se.measure.steps import autocast_context, image_batch, inference_step, training_step
+from composer_se.measure.steps import image_batch, inference_step, training_step
 from composer_se.measure.timing import time_in_turns
-from composer_se.measure.uncertainty import Interval
-from composer_se.options import SqueezeExciteOptions
+from composer_se.show.terminal import Progress, counted
 
-__all__ = ["Settings", "Study", "measure"]
+__all__ = ["Study", "measure"]
 
 # Load average per CPU from which on the machine is called busy.
 BUSY = 0.5
-# A visit to a layer takes a fraction of one to a network.
-ROUNDS_OF_LAYERS = 5
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of a study.
-
-    Attributes:
-        min_channels: Settings to compare.
-        squeeze_excite: The other options, the same for all.
-        against_composer: True measures Composer's built-in too, on the same convs.
-        batch_size: Images in a training step and in the larger inference batch.
-        image_size: Height and width in pixels.
-        device: Of networks and images.
-        precision: "fp32", "amp_bf16" or "amp_fp16".
-        channels_last: Memory format of network and images.
-        compiled: True runs networks through `torch.compile`.
-        instances: Copies of each variant; two at least.
-        rounds: Visits to each copy for each kind of step.
-        layers: Whether each different SE layer is also measured alone, for the one setting that there then is.
-    """
-
-    min_channels: tuple[int | str, ...]
-    squeeze_excite: SqueezeExciteOptions
-    against_composer: bool
-    batch_size: int
-    image_size: int
-    device: torch.device
-    precision: str
-    channels_last: bool
-    compiled: bool
-    instances: int
-    rounds: int
-    layers: bool = False
-
-    def shared_options(self) -> dict[str, Any]:
-        """The options that all variants with SE share, without those that are None."""
-        options = asdict(self.squeeze_excite)
-        del options["min_channels"]
-        return {name: value for name, value in options.items() if value is not None}
 
 
 @dataclass(frozen=True)
 class Study:
-    """The results of a study.
+    """The results of a study."""
 
-    Attributes:
-        network: Name of the network.
-        settings: Its settings.
-        machine: The machine that it was measured on.
-        variants: The plain network first.
-        notes: A line for each setting that was left out, and one if the machine was busy.
-        counts: Per variant.
-        seconds: Per kind of step ("training step", "inference, batch 1", …), per variant, per instance, one time for
-            each round.
-        layers: What SE adds to single layers, or None where that was not asked for.
-        levels: The times of the steps, judged.
-    """
-
-    network: str
+    network: str  # its name
     settings: Settings
     machine: Machine
-    variants: list[Variant]
-    notes: list[str]
-    counts: dict[str, Counts]
-    seconds: dict[str, dict[str, list[list[float]]]]
-    layers: LayerTimes | None
-    levels: dict[str, Levels] = field(init=False)
+    variants: list[Variant]  # the plain network first
+    notes: list[str]  # one for each setting that was left out, and one if the machine was busy
+    counts: dict[str, Counts]  # by variant
+    seconds: dict[
+        str, dict[str, list[list[float]]]
+    ]  # by kind of step ("training step", …), variant, instance and round
+    layers: LayerTimes | None  # what SE adds to single layers, where that was asked for
 
-    def __post_init__(self) -> None:
-        judged = {kind: find_levels(times) for kind, times in self.seconds.items()}
-        object.__setattr__(self, "levels", judged)
+    @cached_property
+    def levels(self) -> dict[str, Levels]:
+        """The times of each kind of step, judged."""
+        return {kind: find_levels(times) for kind, times in self.seconds.items()}
 
-    def milliseconds(self, kind: str, variant: str) -> float:
-        """The typical time of a variant's step."""
-        return 1e3 * typical_seconds(self.levels[kind], variant)
-
-    def ratio(self, kind: str, variant: str) -> Interval:
-        """The time of a variant's step over that of the plain network."""
-        return time_ratio(self.levels[kind], variant, PLAIN)
-
-    def against(self, kind: str, setting: str) -> tuple[Interval, Interval]:
-        """Our time over that of Composer's built-in on the same convs, and our overhead over its overhead."""
-        names = {v.code: v.name for v in self.variants if v.min_channels == setting}
-        ours, theirs = names["composer-se"], names["composer"]
-        return (
-            time_ratio(self.levels[kind], ours, theirs),
-            overhead_ratio(self.levels[kind], ours, theirs, PLAIN),
-        )
+    def of_code(self, code: str) -> list[Variant]:
+        """The variants with the SE of one code, in the order of the settings."""
+        return [variant for variant in self.variants if variant.code == code]
 
 
-def measure(name: str, network: nn.Module, settings: Settings, progress: Callable[[str, int, int], None]) -> Study:
+def measure(name: str, network: nn.Module, settings: Settings, progress: Progress) -> Study:
     """Measures the cost of SE on one network and this machine.
 
     Counts come first, one variant in memory at a time. Then several instances of every variant are built in random
@@ -128,20 +63,14 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
         name: Name of the network.
         network: The plain network; it is copied, never changed.
         settings: The settings.
-        progress: Called as (a description, steps done, steps in all).
-
-    Returns:
-        The study.
+        progress: Called after each count and each visit.
 
     Raises:
         UserError: A setting is wrong, or the network does not run on a batch of images.
     """
     machine = describe_machine(settings.device)
     variants, notes = make_variants(
-        network,
-        settings.min_channels,
-        settings.squeeze_excite,
-        against_composer=settings.against_composer,
+        network, settings.min_channels, settings.squeeze_excite, against_composer=settings.against_composer
     )
     if machine.load is not None and machine.load > BUSY * machine.cpus:
         notes.append(
@@ -151,118 +80,70 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Callabl
     images, targets = image_batch(
         network, settings.batch_size, settings.image_size, settings.device, settings.channels_last
     )
-    autocast = autocast_context(settings.precision, settings.device)
-    _try(variants[0], settings, images, targets, autocast)
+    _try(variants[0], settings, images, targets)
     sizes = sorted({1, settings.batch_size})
-    total = len(variants) * (1 + (1 + len(sizes)) * settings.instances * settings.rounds)
-    done = 0
-
-    def advance(what: str) -> None:
-        nonlocal done
-        done += 1
-        progress(what, done, total)
-
-    compile_network = _compile if settings.compiled else None
+    advance = counted(progress, len(variants) * (1 + (1 + len(sizes)) * settings.instances * settings.rounds))
     counts: dict[str, Counts] = {}
-    progress("counting", 0, total)
     for variant in variants:
-        counts[variant.name] = count(
-            variant.build,
-            lambda network: _prepare(network, settings),
-            variant.layers,
-            images,
-            targets,
-            autocast,
-            compile_network,
-        )
+        counts[variant.name] = count(variant, settings, images, targets)
         advance("counting")
+    layers = (
+        measure_layers(settings.placed(variants[1].build()), images, settings, progress) if settings.layers else None
+    )
+    instances = _instances(variants, settings)
+    seconds: dict[str, dict[str, list[list[float]]]] = {}
 
-    layer_times = None
-    if settings.layers:
-        layer_times = measure_layers(
-            _prepare(variants[1].build(), settings),
-            images,
-            precision=settings.precision,
-            compiled=settings.compiled,
-            against_composer=settings.against_composer,
-            rounds=ROUNDS_OF_LAYERS * settings.rounds,
-            progress=progress,
-        )
-    networks = _instances(variants, settings)
-    called = {
-        name: [network if compile_network is None else compile_network(network) for network in instances]
-        for name, instances in networks.items()
-    }
-    optimizers = {
-        name: [torch.optim.SGD(network.parameters(), lr=0.0) for network in instances]
-        for name, instances in networks.items()
-    }
-
-    def drop_gradients(name: str, instance: int) -> None:
-        optimizers[name][instance].zero_grad(set_to_none=True)
-
-    def turns(kind: str, seed: int, step: Callable[[str, int], Callable[[], object]]) -> None:
+    def take_turns(kind: str, seed: int, step: Callable[[_Instance], object]) -> None:
         seconds[kind] = time_in_turns(
-            {name: [step(name, i) for i in range(len(rows))] for name, rows in networks.items()},
+            {name: [partial(step, instance) for instance in same] for name, same in instances.items()},
             rounds=settings.rounds,
             device=settings.device,
             seed=seed,
-            leave=drop_gradients,
+            leave=lambda name, i: instances[name][i].optimizer.zero_grad(set_to_none=True),
             visited=lambda: advance(kind),
         )
 
-    seconds: dict[str, dict[str, list[list[float]]]] = {}
-    turns(
-        "training step",
-        0,
-        lambda name, i: lambda: training_step(called[name][i], optimizers[name][i], images, targets, autocast),
-    )
-    for instances in networks.values():
-        for instance in instances:
-            instance.eval()
+    take_turns("training step", 0, lambda instance: instance.train(images, targets))
+    for same in instances.values():
+        for instance in same:
+            instance.network.eval()
     for size in sizes:
-        batch = images[:size]
-        turns(
-            f"inference, batch {size}",
-            size,
-            lambda name, i, batch=batch: lambda: inference_step(called[name][i], batch, autocast),
-        )
-    return Study(name, settings, machine, variants, notes, counts, seconds, layer_times)
+        take_turns(f"inference, batch {size}", size, lambda instance, size=size: instance.infer(images[:size]))
+    return Study(name, settings, machine, variants, notes, counts, seconds, layers)
 
 
-def _prepare(network: nn.Module, settings: Settings) -> nn.Module:
-    network = network.to(settings.device)
-    if settings.channels_last:
-        # The overload with a memory format alone is missing from torch's annotations.
-        network = network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return network
+class _Instance:
+    """One copy of a variant."""
+
+    def __init__(self, variant: Variant, settings: Settings) -> None:
+        self.network = settings.placed(variant.build()).train()
+        self.called = settings.compile(self.network)
+        self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.0)
+        self.autocast = settings.autocast
+
+    def train(self, images: torch.Tensor, targets: torch.Tensor) -> None:
+        training_step(self.called, self.optimizer, images, targets, self.autocast)
+
+    def infer(self, images: torch.Tensor) -> None:
+        inference_step(self.called, images, self.autocast)
 
 
-def _compile(network: nn.Module) -> Callable[[torch.Tensor], Any]:
-    # Every instance and batch size is a version of the same code; past the limit torch runs it uncompiled, silently.
-    torch._dynamo.config.cache_size_limit = 1 << 16
-    torch._dynamo.config.accumulated_cache_size_limit = 1 << 16
-    return torch.compile(network, dynamic=False)
-
-
-def _instances(variants: list[Variant], settings: Settings) -> dict[str, list[nn.Module]]:
+def _instances(variants: list[Variant], settings: Settings) -> dict[str, list[_Instance]]:
     """Builds all instances in an order drawn by chance: where an instance lies in memory depends on it."""
     order = [variant for variant in variants for _ in range(settings.instances)]
     random.Random(0).shuffle(order)
-    networks: dict[str, list[nn.Module]] = {variant.name: [] for variant in variants}
+    instances: dict[str, list[_Instance]] = {variant.name: [] for variant in variants}
     for variant in order:
-        networks[variant.name].append(_prepare(variant.build(), settings).train())
-    return networks
+        instances[variant.name].append(_Instance(variant, settings))
+    return instances
 
 
-def _try(
-    plain: Variant, settings: Settings, images: torch.Tensor, targets: torch.Tensor, autocast: Callable[[], Any]
-) -> None:
+def _try(plain: Variant, settings: Settings, images: torch.Tensor, targets: torch.Tensor) -> None:
     """One step of the plain network, so that a network that takes no such images is reported in one line."""
-    network = _prepare(plain.build(), settings).train()
+    network = settings.placed(plain.build()).train()
     try:
-        training_step(network, torch.optim.SGD(network.parameters(), lr=0.0), images, targets, autocast)
-        inference_step(network.eval(), images[:1], autocast)
+        training_step(network, torch.optim.SGD(network.parameters(), lr=0.0), images, targets, settings.autocast)
+        inference_step(network.eval(), images[:1], settings.autocast)
     except Exception as error:
         shape = " x ".join(str(size) for size in images.shape)
         reason = str(error).strip().splitlines()

@@ -39,12 +39,7 @@ def print_study(study: Study, console: Console) -> None:
 
 
 def write_json(study: Study, path: Path) -> None:
-    """Writes all results, every timed visit included.
-
-    Args:
-        study: The study.
-        path: The file to write; it is overwritten.
-    """
+    """Writes all results, every timed visit included."""
     path.write_text(to_json(_as_dict(study)))
 
 
@@ -95,9 +90,9 @@ def _times_table(study: Study) -> Table:
         list(study.seconds),
     )
     for variant in study.variants:
-        cells = [f"{study.milliseconds(kind, variant.name):.4g} ms" for kind in study.seconds]
+        cells = [f"{1e3 * levels.seconds(variant.name):.4g} ms" for levels in study.levels.values()]
         if variant.name != PLAIN:
-            ratios = (study.ratio(kind, variant.name) for kind in study.seconds)
+            ratios = (levels.ratio(variant.name, PLAIN) for levels in study.levels.values())
             cells = [f"{cell}\n{ratio}" for cell, ratio in zip(cells, ratios, strict=True)]
         table.add_row(variant.name, *cells)
     return table
@@ -111,14 +106,24 @@ def _against_table(study: Study) -> Table:
         _SETTING,
         list(study.seconds),
     )
-    for setting in _settings_measured(study):
-        compared = [study.against(kind, setting) for kind in study.seconds]
-        table.add_row(setting, *(f"{time}\n{overhead}" for time, overhead in compared))
+    for setting, of_kind in _against_composer(study).items():
+        table.add_row(setting, *(f"{time}\n{overhead}" for time, overhead in of_kind.values()))
     return table
 
 
+def _against_composer(study: Study) -> dict[str, dict[str, tuple[Interval, Interval]]]:
+    """Per setting and kind of step, our time over the built-in's on the same convs, and our overhead over its."""
+    return {
+        str(ours.min_channels): {
+            kind: (levels.ratio(ours.name, theirs.name), levels.overhead(ours.name, theirs.name, PLAIN))
+            for kind, levels in study.levels.items()
+        }
+        for ours, theirs in zip(study.of_code("composer-se"), study.of_code("composer"), strict=True)
+    }
+
+
 def _layers_table(times: LayerTimes, mode: str) -> Table:
-    variants = [variant for variant in (NORM, OURS, BUILT_IN) if variant in times.seconds[mode]]
+    variants = _shown(times, mode)
     table = new_table(
         f"Layer by layer, {mode}: milliseconds",
         "The norm alone, and what SE adds to it; medians over rounds in random order. The conv is not run. In the sum "
@@ -138,15 +143,9 @@ def _layers_table(times: LayerTimes, mode: str) -> Table:
     return table
 
 
-def _settings_measured(study: Study) -> list[str]:
-    return [v.min_channels for v in study.variants if v.code == "composer-se" and v.min_channels is not None]
-
-
 def _times(value: int, plain: int, unit: str) -> str:
     """An amount in the thousands of the plain network's, and below it the ratio to that."""
-    scale, prefix = next(
-        ((scale, prefix) for scale, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if plain >= scale), (1.0, "")
-    )
+    scale, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if plain >= s), (1.0, ""))
     amount = f"{value / scale:.2f} {prefix}{unit}"
     return amount if value == plain or not plain else f"{amount}\n{value / plain:.4f}"
 
@@ -159,23 +158,20 @@ def _span(passes: tuple[int, ...]) -> str:
 
 
 def _as_dict(study: Study) -> dict[str, Any]:
-    settings = asdict(study.settings) | {
-        "device": str(study.settings.device),
-        "squeeze_excite": study.settings.shared_options(),
-    }
     found: dict[str, Any] = {
         "network": study.network,
-        "settings": settings,
+        "settings": asdict(study.settings)
+        | {"device": str(study.settings.device), "squeeze_excite": study.settings.shared_options()},
         "machine": asdict(study.machine),
         "notes": study.notes,
         "rows": [_row(study, variant) for variant in study.variants],
     }
     if study.settings.against_composer:
-        found["against_composer"] = []
-        for setting in _settings_measured(study):
-            compared = {kind: map(_ratio, study.against(kind, setting)) for kind in study.seconds}
-            shares = {kind: {"time": time, "overhead": overhead} for kind, (time, overhead) in compared.items()}
-            found["against_composer"].append({"min_channels": setting, **shares})
+        found["against_composer"] = [
+            {"min_channels": setting}
+            | {kind: {"time": _ratio(time), "overhead": _ratio(share)} for kind, (time, share) in of_kind.items()}
+            for setting, of_kind in _against_composer(study).items()
+        ]
     if study.layers is not None:
         found["layers"] = _layers_as_dict(study.layers)
     return found | {"seconds": study.seconds}
@@ -184,10 +180,11 @@ def _as_dict(study: Study) -> dict[str, Any]:
 def _row(study: Study, variant: Variant) -> dict[str, Any]:
     counts, plain = asdict(study.counts[variant.name]), asdict(study.counts[PLAIN])
     exact = ("parameters", "multiply_adds", "saved_bytes", "peak_bytes")
-    times: dict[str, Any] = {kind: {"milliseconds": study.milliseconds(kind, variant.name)} for kind in study.seconds}
-    if variant.name != PLAIN:
-        for kind, entry in times.items():
-            entry["ratio"] = _ratio(study.ratio(kind, variant.name))
+    times: dict[str, dict[str, Any]] = {}
+    for kind, levels in study.levels.items():
+        times[kind] = {"milliseconds": 1e3 * levels.seconds(variant.name)}
+        if variant.name != PLAIN:
+            times[kind]["ratio"] = _ratio(levels.ratio(variant.name, PLAIN))
     return {
         "name": variant.name,
         "code": variant.code,
@@ -201,8 +198,8 @@ def _row(study: Study, variant: Variant) -> dict[str, Any]:
 
 def _layers_as_dict(times: LayerTimes) -> dict[str, Any]:
     modes = {}
-    for mode, seconds in times.seconds.items():
-        variants = [variant for variant in (NORM, OURS, BUILT_IN) if variant in seconds]
+    for mode in times.seconds:
+        variants = _shown(times, mode)
         modes[mode] = {
             "milliseconds": {
                 variant: [times.milliseconds(mode, variant, i) for i in range(len(times.kinds))] for variant in variants
@@ -211,6 +208,10 @@ def _layers_as_dict(times: LayerTimes) -> dict[str, Any]:
             "share": asdict(times.share(mode)) if BUILT_IN in variants else None,
         }
     return {"kinds": [asdict(kind) for kind in times.kinds], "modes": modes, "seconds": times.seconds}
+
+
+def _shown(times: LayerTimes, mode: str) -> list[str]:
+    return [variant for variant in (NORM, OURS, BUILT_IN) if variant in times.seconds[mode]]
 
 
 def _ratio(ratio: Interval) -> dict[str, Any]:

@@ -23,12 +23,7 @@ __all__ = ["Ablation", "Analysis", "LayerGates", "analyse"]
 
 @dataclass(frozen=True)
 class Ablation:
-    """The accuracy when the gates of one layer are fixed.
-
-    Attributes:
-        accuracy: Share of the images that are classified correctly.
-        change: Against the accuracy of the network as it is, with its 95 % interval over images.
-    """
+    """The accuracy when the gates of one layer are fixed, and its change, with the 95 % interval over images."""
 
     accuracy: float
     change: Interval
@@ -41,39 +36,23 @@ class Ablation:
 
 @dataclass(frozen=True)
 class LayerGates:
-    """The gates of one layer.
+    """The gates of one layer. Tensors have one number for each channel."""
 
-    Attributes:
-        name: Of the conv that carries the block.
-        overall: Over all images.
-        by_class: Over the images of each class; None for a class without any.
-        class_share: How much of the gates' variance over images the class explains: 0 for gates that know nothing of
-            it, 1 for gates that know nothing else.
-        channel_means: Mean gate of every channel, (C,).
-        channel_stds: Its standard deviation over images, (C,).
-        class_channel_means: The same by class, (K, C).
-        ablation: What fixing the gates at `channel_means` does to the accuracy.
-    """
-
-    name: str
+    name: str  # of the conv that carries the block
     overall: GateStatistics
-    by_class: list[GateStatistics | None]
+    by_class: list[GateStatistics | None]  # None for a class without images
+    # How much of the gates' variance over images the class explains: 0 for gates that know nothing of it, 1 for gates
+    # that know nothing else.
     class_share: float
-    channel_means: Tensor
-    channel_stds: Tensor
-    class_channel_means: Tensor
-    ablation: Ablation
+    channel_means: Tensor  # (C,)
+    channel_stds: Tensor  # over images, (C,)
+    class_channel_means: Tensor  # (K, C)
+    ablation: Ablation  # with the gates fixed at `channel_means`
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """All layers, from shallow to deep.
-
-    Attributes:
-        layers: In model order.
-        accuracy: Of the network as it is.
-        num_images: How many images were taken.
-    """
+    """All layers, from shallow to deep, and the accuracy of the network as it is."""
 
     layers: list[LayerGates]
     accuracy: float
@@ -95,9 +74,6 @@ def analyse(
         network: In evaluation mode. It has the same weights and no hooks afterwards.
         batches: Yields (images, labels), labels being class numbers; gone through twice.
         advance: Called with the task, the batches done, and their number (0 if unknown).
-
-    Returns:
-        The analysis.
 
     Raises:
         UserError: The labels are no class numbers, or there are no images.

@@ -23,32 +23,21 @@ _WRAPPERS = re.compile(r"^(module\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mo
 
 @dataclass(frozen=True)
 class GateStatistics:
-    """The gates of one layer over a set of samples.
+    """The gates of one layer over a set of samples."""
 
-    Attributes:
-        mean: Over samples and channels.
-        std_over_samples: How far one channel's gate varies with the sample: root of the variance over samples, averaged
-            over channels. 0 means that the block scales every channel by a fixed number.
-        std_over_channels: How far channels differ from each other: standard deviation over channels of the mean gate.
-        share_near_0: Share of gates below `NEAR`.
-        share_near_1: Share of gates above ``1 - NEAR``.
-    """
-
-    mean: float
+    mean: float  # over samples and channels
+    # How far one channel's gate varies with the sample: root of the variance over samples, averaged over channels. 0
+    # means that the block scales every channel by a fixed number.
     std_over_samples: float
-    std_over_channels: float
-    share_near_0: float
-    share_near_1: float
+    std_over_channels: float  # how far the mean gates of channels differ
+    share_near_0: float  # of gates below `NEAR`
+    share_near_1: float  # of gates above 1 - `NEAR`
 
 
 def se_blocks(model: nn.Module) -> dict[str, SqueezeExcite2d]:
-    """The Squeeze-and-Excitation blocks of a model, by the qualified name of the conv that carries them.
+    """The Squeeze-and-Excitation blocks of a model in its order, by the qualified name of the conv that carries them.
 
-    Args:
-        model: The model; it may be wrapped (Composer, DDP, FSDP, checkpointing), which the names don't show.
-
-    Returns:
-        Name to block, in model order.
+    The names don't show the wrappers of Composer, DDP, FSDP and checkpointing.
     """
     blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, SqueezeExcite2d))
     return {_WRAPPERS.sub("", name).removesuffix(".se"): block for name, block in blocks}
@@ -72,10 +61,7 @@ def sums_size(block: SqueezeExcite2d) -> int:
 
 
 def gate_terms(logits: Tensor) -> Tensor:
-    """The terms that each sample adds to the sums behind `describe`.
-
-    Args:
-        logits: Logits of the gates, (..., C).
+    """The terms that each sample adds to the sums behind `describe`, from the logits of its gates.
 
     Returns:
         Tensor of shape (N, 3 + 2 C) for N samples: 1, how many of the gates are near 0 and near 1, the gates, their
@@ -94,13 +80,9 @@ def gate_sums(logits: Tensor) -> Tensor:
 
 
 def describe(sums: Tensor) -> Tensor:
-    """The statistics of one layer, in the order of `GateStatistics`.
+    """The statistics of one layer in the order of `GateStatistics`, (5,), from (a sum of) `gate_sums`.
 
-    Args:
-        sums: What `gate_sums` returned, (3 + 2 C,), or a sum of such.
-
-    Returns:
-        Tensor of shape (5,) on the same device; NaN where there were no samples.
+    They are NaN where there were no samples.
     """
     num_samples, near_0, near_1 = sums[:3]
     mean, mean_square = (sums[3:] / num_samples).chunk(2)

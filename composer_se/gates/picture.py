@@ -31,14 +31,7 @@ def pictured_classes(analysis: Analysis) -> list[int]:
 
 
 def draw(title: str, analysis: Analysis, classes: Sequence[str], path: Path) -> None:
-    """Draws the gates by class and layer, and the two summaries by depth.
-
-    Args:
-        title: Above the picture.
-        analysis: The analysis; of many layers, 20 evenly spread ones get a panel.
-        classes: Names of the classes.
-        path: The file; its ending names the format.
-    """
+    """Draws the gates by class and layer, and the two summaries by depth. Of many layers, 20 get a panel."""
     shown = [analysis.layers[i] for i in _spread(len(analysis.layers), _MOST_PANELS)]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)

@@ -55,12 +55,7 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
 
 
 def as_dict(analysis: Analysis, classes: Sequence[str]) -> dict[str, Any]:
-    """All numbers of an analysis. Channel by channel they are given for all images and for the pictured classes.
-
-    Args:
-        analysis: The analysis.
-        classes: Names of the classes.
-    """
+    """All numbers of an analysis. Channel by channel they are given for all images and for the pictured classes."""
     layers = []
     for layer in analysis.layers:
         ablation = layer.ablation

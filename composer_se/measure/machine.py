@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +15,15 @@ __all__ = ["Machine", "describe_machine"]
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts that a reader needs to judge a timing.
+    """The facts that a reader needs to judge a timing."""
 
-    Attributes:
-        cpu: Model name of the processor.
-        cpus: Logical processors that this process may use.
-        threads: Threads that torch computes with.
-        gpu: Name of the GPU that was measured, or None.
-        torch: Version of torch, with its build.
-        system: Operating system and Python.
-        load: Load average over the minute before the measurement, or None if the system has none. 0 on a quiet machine;
-            other programs distort timings.
-    """
-
-    cpu: str
-    cpus: int
-    threads: int
-    gpu: str | None
-    torch: str
-    system: str
-    load: float | None
+    cpu: str  # model name
+    cpus: int  # logical processors that this process may use
+    threads: int  # that torch computes with
+    gpu: str | None  # that was measured
+    torch: str  # version and build
+    system: str  # operating system and Python
+    load: float | None  # average over the minute before; 0 on a quiet machine, None if the system has none
 
     def __str__(self) -> str:
         parts = [f"{self.cpu}, {self.cpus} CPUs, {self.threads} torch threads"]
@@ -60,9 +50,5 @@ def describe_machine(device: torch.device) -> Machine:
 
 def _cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*: (.*)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()

@@ -3,37 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_iter
 
-__all__ = ["PRECISIONS", "autocast_context", "image_batch", "inference_step", "loss_of", "training_step"]
-
-PRECISIONS = {"fp32": None, "amp_bf16": torch.bfloat16, "amp_fp16": torch.float16}
-
-
-def autocast_context(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """Makes the contexts of forward passes in a precision named as Composer names it."""
-    dtype = PRECISIONS[precision]
-    if dtype is None:
-        return nullcontext
-    return lambda: torch.autocast(device.type, dtype)
+__all__ = ["image_batch", "inference_step", "loss_of", "training_step"]
 
 
 def image_batch(
     network: nn.Module, batch_size: int, image_size: int, device: torch.device, channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A batch of noise with as many channels as the network's first conv takes.
-
-    Args:
-        network: The network that will see the batch.
-        batch_size: Images.
-        image_size: Height and width in pixels.
-        device: Of the batch.
-        channels_last: True for images in channels_last.
 
     Returns:
         Images (N, C, H, W) and targets (N,): whole numbers that `loss_of` folds into the network's classes.
@@ -50,9 +33,8 @@ def image_batch(
 def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     """Cross entropy of every (N, classes) tensor among the outputs, plus the sum of every other.
 
-    Args:
-        outputs: A tensor, or any nesting of tensors (auxiliary heads, dictionaries).
-        targets: Whole numbers (N,), taken modulo the number of classes.
+    The outputs are tensors in any nesting (auxiliary heads, dictionaries). Targets are whole numbers (N,), taken modulo
+    the number of classes.
 
     Raises:
         TypeError: There is no floating-point tensor among the outputs.
@@ -64,7 +46,7 @@ def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     ]
     if not losses:
         raise TypeError(f"the network returned no floating-point tensor but a {type(outputs).__name__}")
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum()
 
 
 def training_step(

@@ -25,9 +25,6 @@ def synchronize(device: torch.device) -> None:
 def steps_per_visit(seconds_per_step: float) -> tuple[int, int]:
     """The numbers of untimed and of timed steps of a visit.
 
-    Args:
-        seconds_per_step: The approximate time of a step.
-
     Returns:
         `(untimed, timed)`: about a second of timed steps, at least three, after a quarter as many untimed ones, at
         least two. The first steps after another variant are slow: they fault in memory that the allocator gave back.
@@ -42,7 +39,8 @@ def time_in_turns(
     rounds: int,
     device: torch.device,
     seed: int,
-    leave: Callable[[str, int], None],
+    visit: tuple[int, int] | None = None,
+    leave: Callable[[str, int], None] = lambda name, instance: None,
     visited: Callable[[], None],
 ) -> dict[str, list[list[float]]]:
     """Times one step of every instance of every variant, once a round, in random order.
@@ -52,6 +50,7 @@ def time_in_turns(
         rounds: Visits to every instance.
         device: Of the steps. The clock waits for it before and after each timed step.
         seed: Of the order.
+        visit: Untimed and timed steps of a visit. Default: those of `steps_per_visit`, from a trial of the first step.
         leave: Called with variant and instance after each visit, to free what the visit left (gradients).
         visited: Called after each visit.
 
@@ -59,10 +58,13 @@ def time_in_turns(
         Per variant, per instance, the median time in seconds of the timed steps of each visit.
     """
     order = [(name, i) for name, instances in steps.items() for i in range(len(instances))]
+    if visit is None:
+        name, instance = order[0]
+        steps[name][instance]()
+        visit = steps_per_visit(time_step(steps[name][instance], device))
+        leave(name, instance)
+    untimed, timed = visit
     shuffle = random.Random(seed).shuffle
-    first_name, first_instance = order[0]
-    untimed, timed = steps_per_visit(_calibrate(steps[first_name][first_instance], device))
-    leave(first_name, first_instance)
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in instances] for name, instances in steps.items()}
     for _ in range(rounds):
         shuffle(order)
@@ -74,11 +76,6 @@ def time_in_turns(
             leave(name, instance)
             visited()
     return seconds
-
-
-def _calibrate(step: Callable[[], object], device: torch.device) -> float:
-    step()
-    return time_step(step, device)
 
 
 def time_step(step: Callable[[], object], device: torch.device) -> float:

@@ -14,13 +14,7 @@ __all__ = ["Interval", "mean_difference", "ratio_of_means", "students_t"]
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % confidence interval.
-
-    Attributes:
-        value: The number.
-        low: Lower end of the interval. NaN if the spread is unknown.
-        high: Upper end, likewise.
-    """
+    """A number with its 95 % confidence interval, whose ends are NaN if the spread is unknown."""
 
     value: float
     low: float

@@ -18,21 +18,25 @@ def outcome(summary: Content | None) -> dict[str, str]:
     """The figures of `summary.json`, by name."""
     if summary is None:
         return {}
-    metrics = {name.rpartition("/")[2]: value for name, value in summary["metrics"].items()}
-    added, total = summary["squeeze_excite_parameters"], summary["parameters"]
+    metrics, added, total = summary["metrics"], summary["squeeze_excite_parameters"], summary["parameters"]
     trained = summary.get("trained", total)  # summaries of earlier versions lack it
-    facts = {
-        "held-out accuracy": _format(metrics.get("MulticlassAccuracy"), "{:.2%}"),
-        "held-out cross entropy": _format(metrics.get("CrossEntropy"), "{:.4f}"),
+    named = (
+        ("held-out accuracy", "metrics/eval/MulticlassAccuracy", "{:.2%}"),
+        ("held-out cross entropy", "metrics/eval/CrossEntropy", "{:.4f}"),
+        ("last training loss", "loss/train/total", "{:.4f}"),
+        ("images per second", "throughput/samples_per_sec", "{:.1f}"),
+    )
+    measured = {word: (metrics[key], form) for word, key, form in named if key in metrics}
+    return {
+        **{word: "not finite" if value is None else form.format(value) for word, (value, form) in measured.items()},
         "epochs": f"{summary['epoch']:,}",
         "batches": f"{summary['batch']:,}",
         "SE layers": f"{summary['squeeze_excite_layers']:,}",
         "parameters": f"{total:,}",
-        "of these SE": f"{added:,}" + (f" (+{added / (total - added):.1%})" if added else ""),
-        "of these trained": f"{trained:,} ({trained / total:.1%})" if trained < total else "",
+        "of these SE": f"{added:,}" + (f" (+{added / (total - added):.2%})" if added else ""),
+        **({"of these trained": f"{trained:,} ({trained / total:.2%})"} if trained < total else {}),
         "wall time": duration(summary["wall_seconds"]),
     }
-    return {name: value for name, value in facts.items() if value}
 
 
 def curves(lines: Lines) -> list[str]:
@@ -147,7 +151,3 @@ def cost(study: Content | None) -> Content:
 def _series(lines: Lines, key: str) -> Series:
     points = [(line["batch"], line[key]) for line in lines if line.get(key) is not None]
     return [x for x, _ in points], [y for _, y in points]
-
-
-def _format(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)

@@ -23,16 +23,9 @@ _MOST_NAMES = 6
 
 
 def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth: bool = False) -> str:
-    """Draws lines over batches.
+    """Draws lines over batches as an SVG element; long ones as means over as many parts as fit.
 
-    Args:
-        title: Above the plot.
-        y_label: What the values are, with their unit.
-        lines: Label to points. Long ones are drawn as means over as many parts as fit.
-        by_depth: Whether the lines are layers, coloured from shallow to deep.
-
-    Returns:
-        An SVG element.
+    With `by_depth` the lines are layers, coloured from shallow to deep.
     """
     figure = new_figure(4.6, 2.9)
     axis = figure.subplots()

@@ -62,13 +62,7 @@ def legend_above(figure: Any, axis: Any, title: str) -> None:
 
 
 def caption_below(figure: Any, text: str, width: int) -> None:
-    """Puts small print below a figure.
-
-    Args:
-        figure: The figure.
-        text: Plain text.
-        width: Of its lines, in characters.
-    """
+    """Puts small print below a figure, in lines of so many characters."""
     figure.supxlabel(fill(_literal(text), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -12,21 +13,16 @@ from rich.progress import BarColumn, SpinnerColumn, TaskProgressColumn, TextColu
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-__all__ = ["Progress", "new_table", "progress_bar"]
+__all__ = ["Progress", "counted", "new_table", "progress_bar"]
 
 Progress = Callable[[str, int, int], None]
 """Called with the task, the steps done, and their number (0 if unknown)."""
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
-    """An empty table.
+    """An empty table: a column of names, in which long ones are broken, and columns of numbers.
 
-    Args:
-        title: Above it.
-        caption: Below it: the meaning of the columns.
-        first: Head of the first column, of names. Long names are broken.
-        others: Heads of the other columns, of numbers.
-        side: Spaces on the left of each column.
+    The caption says what the columns mean; `side` is the space on the left of each.
     """
     table = Table(
         title=escape(title),
@@ -42,13 +38,17 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
     return table
 
 
+def counted(progress: Progress, total: int) -> Callable[[str], None]:
+    """Counts the steps: call the result after each, with the task."""
+    done = itertools.count(1)
+    return lambda what: progress(what, next(done), total)
+
+
 @contextmanager
 def progress_bar(*, speaks: bool = True, in_lines: bool = False) -> Iterator[Progress]:
-    """Shows a progress bar on stderr.
+    """Shows a progress bar on stderr, if this process `speaks`.
 
-    Args:
-        speaks: True if this process shows it.
-        in_lines: True prints a line for each new description where stderr is no terminal: for work of hours.
+    `in_lines` prints a line for each new description where stderr is no terminal: for work of hours.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

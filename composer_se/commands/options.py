@@ -1,0 +1,139 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from composer_se.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+    from composer_se.options import SqueezeExciteOptions
+
+__all__ = [
+    "add_device_argument",
+    "add_recipe_arguments",
+    "add_squeeze_excite_arguments",
+    "read_device",
+    "read_min_channels",
+    "read_squeeze_excite",
+    "writing",
+]
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser, changes: str) -> None:
+    """Adds a recipe and its overrides, which may also stand among the options; see `composer_se.cli.parse`."""
+    parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=f"change {changes}")
+
+
+def add_device_argument(parser: Any) -> None:
+    """Adds `--device` to a parser or an argument group."""
+    parser.add_argument("--device", help="as torch names it (default: cuda where there is one, else cpu)")
+
+
+def read_device(args: argparse.Namespace) -> torch.device:
+    """The device named, or the GPU where there is one.
+
+    Raises:
+        UserError: Torch does not know the device, or can't compute on it here.
+    """
+    import torch
+
+    if args.device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {args.device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+_AS_TYPED = ("min_channels_of", "include", "exclude", "init", "placement")
+
+
+def add_squeeze_excite_arguments(parser: Any) -> None:
+    """Adds options of Squeeze-and-Excitation to a parser or an argument group."""
+    parser.add_argument(
+        "--min-channels-of",
+        choices=("output", "both"),
+        help="which channels must reach --min-channels: the conv's output's, or input's and output's (default: output)",
+    )
+    parser.add_argument(
+        "--latent-channels", metavar="N", help="hidden width, or a share of the channels in (0, 1) (default: 64)"
+    )
+    parser.add_argument("--include", action="append", metavar="GLOB", help="only convs that match; may be repeated")
+    parser.add_argument("--exclude", action="append", metavar="GLOB", help="no conv that matches; may be repeated")
+    parser.add_argument("--init", choices=("default", "identity"), help="how blocks start (default: default)")
+    parser.add_argument(
+        "--placement", choices=("conv", "norm"), help="blocks behind convs, or behind their norms (default: conv)"
+    )
+
+
+def read_squeeze_excite(
+    args: argparse.Namespace, recipe: SqueezeExciteOptions | None, **others: Any
+) -> SqueezeExciteOptions:
+    """The recipe's options, or the defaults, with those that were given on the command line.
+
+    Args:
+        args: As parsed by `add_squeeze_excite_arguments`.
+        recipe: The recipe's options, if there are any.
+        others: Further options of the command, None where they were not given.
+
+    Raises:
+        UserError: A value is neither a width nor a share.
+    """
+    from composer_se.options import SqueezeExciteOptions
+
+    latent = args.latent_channels
+    given = others | {option: getattr(args, option) for option in _AS_TYPED}
+    given |= {
+        "latent_channels": None if latent is None else _read_number("--latent-channels", latent, "latent_channels"),
+    }
+    given = {option: value for option, value in given.items() if value is not None}
+    return replace(recipe or SqueezeExciteOptions(), **given)
+
+
+def read_min_channels(text: str) -> int | str:
+    """Reads one value of --min-channels.
+
+    Raises:
+        UserError: It is neither a whole number from 1 on nor "auto".
+    """
+    return _read_number("--min-channels", text, "min_channels")
+
+
+def _read_number(argument: str, text: str, option: str) -> Any:
+    from composer_se.options import SqueezeExciteOptions
+
+    given: dict[str, Any] = {option: _number(text)}
+    try:
+        return getattr(SqueezeExciteOptions(**given), option)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{argument} {text}: {error}") from error
+
+
+def _number(text: str) -> int | float | str:
+    """A number where the text is one."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text.strip()
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Turns a failed write to the path that an option names into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{option} {path}: can't be written: {error.strerror or error}") from error
