@@ -51,9 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
     network = read_network(args)
     min_channels = None if args.min_channels is None else read_min_channels(args.min_channels)
-    options = read_squeeze_excite(
-        args, network.squeeze_excite, min_channels=min_channels, include=args.include, exclude=args.exclude
-    )
+    options = read_squeeze_excite(args, network.squeeze_excite, min_channels=min_channels)
     try:
         planned = plan(network.build(), image_size=args.image_size or network.image_size, **asdict(options))
     except (TypeError, ValueError) as error:
