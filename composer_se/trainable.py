@@ -116,20 +116,16 @@ def _norms(model: nn.Module) -> Iterator[_Part]:
 
 
 def _head(model: nn.Module) -> Iterable[Parameter]:
-    layers: list[object] = []
     for owner in (model, getattr(model, "module", None)):  # the Trainer's model keeps the network under this name
         find = getattr(owner, "get_classifier", None)
         if callable(find):
             found = find()
-            layers = [*found] if isinstance(found, (tuple, list)) else [found]
+            layers = found if isinstance(found, (tuple, list)) else [found]
             break
     else:
         inside = {part for block in model.modules() if isinstance(block, SqueezeExcite2d) for part in block.modules()}
-        leaves = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
-        layers += [leaf for leaf in leaves if leaf not in inside][-1:]
-    blocks = set(_blocks(model))
-    parameters = (p for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters())
-    return [parameter for parameter in parameters if parameter not in blocks]
+        layers = [m for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d) and m not in inside][-1:]
+    return [p for layer in layers if isinstance(layer, nn.Module) for p in layer.parameters()]
 
 
 _WORDS: dict[str, tuple[str, Callable[[nn.Module], Iterable[_Part]]]] = {
