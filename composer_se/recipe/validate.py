@@ -21,7 +21,7 @@ from composer_se.options import SqueezeExciteOptions
 from composer_se.recipe.arguments import check_arguments, construct
 from composer_se.recipe.components import resolve
 from composer_se.recipe.data import find_dataset
-from composer_se.recipe.models import network_builder
+from composer_se.recipe.models import check_network
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["Component", "RunPlan", "make_plan", "squeeze_excite_options"]
@@ -99,8 +99,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
 
 
 def _plan_model(section: dict[str, Any]) -> Component:
-    builder = network_builder(section["name"])
-    return Component("model", builder, check_arguments(builder, _without(section, "name"), "model"))
+    return Component("model", *check_network(section["name"], _without(section, "name")))
 
 
 def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
