@@ -20,7 +20,10 @@ import composer_se
 from composer_se.commands.train import run_recipe
 from composer_se.commands.trained_network import load_trained
 from composer_se.errors import UserError
+from composer_se.recipe import validate
+from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network, check_network, without_weights
+from composer_se.recipe.validate import make_plan
 from composer_se.recipe.weights import read_weights
 from tests.cheap_models import build
 
@@ -215,6 +218,31 @@ def test_a_run_starts_from_the_weights_and_its_checkpoint_is_read_without_them()
     Path("w.pt").unlink()
     trained = load_trained(Path("runs/digits"), None, "digits", torch.device("cpu"))
     assert torch.equal(trained.network.fc.weight, model["module.fc.weight"])
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.parametrize(
+    ("overrides", "advised"),
+    [
+        (["model={name: resnet18, weights: DEFAULT}"], True),
+        (["model={name: timm/resnet18, pretrained: true}"], True),
+        (["model={name: timm/resnet18, pretrained: false}"], False),
+        (["load_path=w.pt", "load_strict_model_weights=false"], True),
+        (["load_path=w.pt"], False),
+        (["model={name: resnet18, weights: DEFAULT}", "algorithms.squeeze_excite.init=identity"], False),
+        (["model={name: resnet18, weights: DEFAULT}", "algorithms.squeeze_excite=null"], False),
+        ([], False),
+    ],
+)
+def test_identity_is_advised_where_random_blocks_would_undo_pretrained_weights(
+    overrides: list[str], advised: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path("w.pt").touch()
+    validate._log_once.cache_clear()
+    with caplog.at_level("INFO", "composer_se"):
+        for _ in range(2):
+            make_plan(load_recipe("digits", overrides))
+    assert sum("init=identity" in message for message in caplog.messages) == advised
 
 
 def test_efficientnet_lite0_knows_a_palace() -> None:
