@@ -230,8 +230,8 @@ def _advise_identity(recipe: Recipe, plan: RunPlan) -> None:
     pretrained = any(plan.model.arguments.get(key) for key in ("weights", "pretrained"))
     # A file that is loaded strictly has the blocks in it.
     pretrained = pretrained or (recipe.load_path is not None and not recipe.load_strict_model_weights)
-    options = squeeze_excite_options(recipe)
-    if pretrained and options is not None and options.init == "default":
+    blocks = next((part.arguments for part in plan.algorithms if part.target is SqueezeExcite), {"init": None})
+    if pretrained and blocks.get("init", SqueezeExciteOptions.init) == "default":
         _log_once(
             "algorithms.squeeze_excite.init: blocks that start at random undo pretrained weights; init=identity leaves "
             "the network as it is"
