@@ -30,8 +30,9 @@ run may change a key marked **r**. All arms of a comparison must have a key mark
 
 SECTIONS = """\
 `model.name` is a classification model of torchvision (`resnet50`), of timm (`timm/convnext_tiny`), one of
-`cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, or a function or class of your own that makes a network
-(`package.module:name`, looked for in the current folder too). The other arguments of `model` are the network's.
+`cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, `efficientnet_lite0`, or a function or class of your own that makes a
+network (`package.module:name`, looked for in the current folder too). `model.weights` names pretrained weights or a
+file of them. The other arguments of `model` are the network's.
 Optimizers, schedulers, algorithms, callbacks and loggers are Composer's (and torch's optimizers) by their names in
 snake_case, with the arguments of their constructors.
 """

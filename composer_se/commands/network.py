@@ -77,9 +77,9 @@ def _read_recipe(name: str) -> NamedNetwork:
 
 
 def _build_model(section: Mapping[str, Any]) -> nn.Module:
-    from composer_se.recipe.models import build_network
+    from composer_se.recipe.models import build_network, without_weights
 
-    return build_network(**section)
+    return build_network(**without_weights(section))  # plan and cost don't depend on them
 
 
 def _read_factory(spec: str) -> Callable[[], nn.Module]:

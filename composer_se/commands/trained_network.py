@@ -15,6 +15,7 @@ from composer_se.errors import UserError, one_line
 from composer_se.gates.observe import se_blocks
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import Split
+from composer_se.recipe.models import without_weights
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, make_plan
@@ -104,10 +105,9 @@ def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
         section |= {"root": root} if root else {}
     elif not section:
         raise UserError("the recipe has no eval_dataset; name held-out data with --data NAME or --data NAME:ROOT")
-    weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
     return dataclasses.replace(
         recipe,
-        model={**recipe.model, **weights},  # the checkpoint brings its own
+        model=without_weights(recipe.model),  # the checkpoint brings its own
         train_dataset=section,
         eval_dataset=section,
         callbacks={},

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: whether the latest is whole, which one to fall back on, and what else can be loaded.
+"""Checkpoints on the disk: whether the latest is whole, and which one to fall back on.
 
 Composer writes `ep{epoch}-ba{batch}-rank0.pt` under its final name, then removes the link `latest-rank0.pt` and makes
 a new one. A run resumes from what the link points to. A kill or a full disk can leave a file cut short that nothing
@@ -13,15 +13,8 @@ import re
 import shlex
 import traceback
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch
-from composer.core import Algorithm, Event, State
-from composer.loggers import Logger
-from torch import Tensor, nn
 
 from composer_se.errors import UserError, one_line
 from composer_se.files import failed_write
@@ -29,11 +22,9 @@ from composer_se.launch import say
 
 __all__ = [
     "LATEST",
-    "LoadedWeights",
     "check_latest",
     "explain_failed_write",
     "local_folder",
-    "read_plain_weights",
     "remove_unfinished_checkpoint",
     "restore_latest",
 ]
@@ -151,74 +142,3 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
-
-
-def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
-    """Reads a file of `torch.save(model.state_dict(), ...)`. Returns None for a checkpoint: the Trainer loads it.
-
-    Raises:
-        UserError: The file is neither.
-    """
-    if not load_path or not os.path.isfile(load_path):  # noqa: PTH113 - a folder, an object store, a pattern
-        return None
-    try:
-        content = torch.load(load_path, map_location="cpu", weights_only=False, mmap=zipfile.is_zipfile(load_path))
-    except Exception as error:  # unpickling has another one for every byte that can be wrong
-        raise UserError(f"load_path: {load_path}: can't be read ({one_line(error) or type(error).__name__})") from error
-    if isinstance(content, Mapping) and "state" in content:
-        return None
-    if isinstance(content, Mapping) and content and all(isinstance(value, Tensor) for value in content.values()):
-        return content
-    raise UserError(
-        f"load_path: {load_path}: is neither a checkpoint nor a state dict, but holds a {type(content).__name__}; "
-        "write one with torch.save(model.state_dict(), ...)"
-    )
-
-
-class LoadedWeights(Algorithm):
-    """Loads a state dict once the other algorithms have changed the network, and before the network is distributed.
-
-    An algorithm, since Composer's callbacks have their turn before the network is changed or after it is distributed.
-
-    Args:
-        weights: The state dict, saved before or after the surgery.
-        path: Its file, for the messages.
-        strict: Refuse weights that are missing or left over.
-        ignored: Patterns of names to leave out.
-
-    Raises:
-        UserError: It doesn't fit the network.
-    """
-
-    def __init__(self, weights: Mapping[str, Tensor], path: str, strict: bool, ignored: Sequence[str]) -> None:
-        self.weights = weights
-        self.path = path
-        self.strict = strict
-        self.ignored = ignored
-
-    def match(self, event: Event, state: State) -> bool:
-        """When the Trainer is made."""
-        return event is Event.INIT
-
-    def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Loads."""
-        network: Any = state.model
-        module: nn.Module = network.module
-        kept = {
-            name: weight
-            for name, weight in self.weights.items()
-            if not any(fnmatchcase(name, pattern) for pattern in self.ignored)
-        }
-        try:
-            missing, unexpected = module.load_state_dict(kept, strict=False)
-        except RuntimeError as error:  # shapes
-            raise UserError(
-                f"load_path: {self.path}: {one_line(error)}; leave such weights out with load_ignore_keys=[...]"
-            ) from error
-        if self.strict and (missing or unexpected):
-            raise UserError(
-                f"load_path: {self.path}: lacks {len(missing)} of the network's weights and holds {len(unexpected)} "
-                f"others ({', '.join([*missing, *unexpected][:3])}, …); load_strict_model_weights=false loads what fits"
-            )
-        if len(unexpected) == len(kept):
-            raise UserError(f"load_path: {self.path}: holds none of the network's weights")

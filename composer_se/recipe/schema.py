@@ -100,7 +100,9 @@ class Recipe:
     save_folder: str = _key("${run_folder}/checkpoints", "where checkpoints go", "trainer free set")
     save_interval: int | str = _key("1ep", "how often to save a checkpoint", "trainer free")
     save_num_checkpoints_to_keep: int = _key(2, "older checkpoints are deleted; -1 keeps all", "trainer free")
-    load_path: str | None = _key(None, "a checkpoint to start from, or `torch.save(model.state_dict())`", "trainer")
+    load_path: str | None = _key(
+        None, "a checkpoint or a file of weights to start from, loaded once the network has SE", "trainer"
+    )
     load_weights_only: bool = _key(False, "of a checkpoint, load the weights alone", "trainer resume")
     load_strict_model_weights: bool = _key(True, "refuse weights that are missing or left over", "trainer resume")
     load_ignore_keys: list[str] | None = _key(None, "patterns of names in `load_path` to leave out", "trainer resume")

@@ -5,6 +5,8 @@ Nothing is built here: no weights, no data, no file.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from composer_se.options import SqueezeExciteOptions
 from composer_se.recipe.arguments import check_arguments, construct
 from composer_se.recipe.components import resolve
 from composer_se.recipe.data import find_dataset
-from composer_se.recipe.models import network_builder
+from composer_se.recipe.models import check_network
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["Component", "RunPlan", "make_plan", "squeeze_excite_options"]
@@ -89,6 +91,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
         loggers=_plan_section("loggers", recipe.loggers),
     )
     _check_warmup(recipe, plan.scheduler)
+    _advise_identity(recipe, plan)
     for logger in plan.loggers:
         if logger.target is TensorboardLogger:  # which else writes into the current folder
             logger.arguments.setdefault("log_dir", f"{recipe.run_folder}/tensorboard")
@@ -99,8 +102,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
 
 
 def _plan_model(section: dict[str, Any]) -> Component:
-    builder = network_builder(section["name"])
-    return Component("model", builder, check_arguments(builder, _without(section, "name"), "model"))
+    return Component("model", *check_network(section["name"], _without(section, "name")))
 
 
 def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
@@ -221,6 +223,25 @@ def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
             f"scheduler.t_warmup: {warmup!r} can't be compared with max_duration={recipe.max_duration}; give it "
             "in the same unit, or as a share of the whole (0.1dur)"
         )
+
+
+def _advise_identity(recipe: Recipe, plan: RunPlan) -> None:
+    """Random blocks make a pretrained network start worse than it is."""
+    pretrained = any(plan.model.arguments.get(key) for key in ("weights", "pretrained"))
+    # A file that is loaded strictly has the blocks in it.
+    pretrained = pretrained or (recipe.load_path is not None and not recipe.load_strict_model_weights)
+    blocks = next((part.arguments for part in plan.algorithms if part.target is SqueezeExcite), {"init": None})
+    if pretrained and blocks.get("init", SqueezeExciteOptions.init) == "default":
+        _log_once(
+            "algorithms.squeeze_excite.init: blocks that start at random undo pretrained weights; init=identity leaves "
+            "the network as it is"
+        )
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    """However often `compare` plans the same run."""
+    logging.getLogger(__name__).info(message)
 
 
 def squeeze_excite_options(recipe: Recipe) -> SqueezeExciteOptions | None:

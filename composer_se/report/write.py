@@ -16,7 +16,7 @@ from composer_se.errors import UserError
 from composer_se.planning import Plan, plan
 from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import build_network
+from composer_se.recipe.models import build_network, without_weights
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.validate import squeeze_excite_options
 from composer_se.report import contents
@@ -94,7 +94,6 @@ def _plan(recipe: Recipe) -> Plan | None:
     options = squeeze_excite_options(recipe)
     if options is None:
         return None
-    weights = {key: None if key == "weights" else False for key in ("weights", "pretrained") if key in recipe.model}
     with torch.device("meta"):  # shapes are all that is needed
-        network = build_network(**{**recipe.model, **weights})
+        network = build_network(**without_weights(recipe.model))
     return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))
