@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import sys
-from collections.abc import Callable
 
 import torch
 from composer.core import Callback, State, Time, TimeUnit
@@ -91,7 +91,7 @@ class GateMonitor(Callback):
             # Compiled code would miss hooks that came later, or keep them when they are gone.
             self._observed_forward.enter_context(torch.compiler.set_stance("force_eager"))
         for name, block in self._blocks.items():
-            handle = observe_logits(block, self._adder(name))
+            handle = observe_logits(block, functools.partial(self._add, name))
             self._observed_forward.callback(handle.remove)
 
     def after_forward(self, state: State, logger: Logger) -> None:
@@ -116,12 +116,9 @@ class GateMonitor(Callback):
         for name, gates in layers.items():
             self._warn(name, gates)
 
-    def _adder(self, name: str) -> Callable[[Tensor], None]:
-        def add(logits: Tensor) -> None:
-            sums = gate_sums(logits)
-            self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-
-        return add
+    def _add(self, name: str, logits: Tensor) -> None:
+        sums = gate_sums(logits)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def _statistics(self) -> dict[str, GateStatistics]:
         """The statistics of each layer that ran, over all processes."""

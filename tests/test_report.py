@@ -13,7 +13,7 @@ from helpers import final_accuracy
 
 from composer_se.cli import main
 from composer_se.recipe.data import image_size
-from composer_se.report import write_report
+from composer_se.report.write import write_report
 
 VOID = {"meta", "img", "path", "use", "rect", "stop", "br"}
 

@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
 
     from composer_se.cost.picture import draw
     from composer_se.cost.study import measure
-    from composer_se.cost.tables import print_study, write_json
+    from composer_se.cost.tables import as_dict, print_study
     from composer_se.show.pictures import picture_formats
     from composer_se.show.terminal import progress_bar
+    from composer_se.show.text import to_json
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     print_study(study, Console())
     if args.json is not None:
         with writing("--json", args.json):
-            write_json(study, args.json)
+            args.json.write_text(to_json(as_dict(study)))
     if args.plot is not None:
         with writing("--plot", args.plot):
             draw(study, args.plot)

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.gates.analysis import analyse
     from composer_se.gates.picture import draw
     from composer_se.gates.table import as_dict, print_analysis
-    from composer_se.report import write_report
+    from composer_se.report.write import write_report
     from composer_se.show.terminal import progress_bar
     from composer_se.show.text import to_json
 

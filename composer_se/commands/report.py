@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the report; see `composer_se.report.write_report`."""
-    from composer_se.report import write_report
+    from composer_se.report.write import write_report
 
     print(write_report(args.run_folder))
     return 0

@@ -84,7 +84,7 @@ def _train_and_show(recipe: Recipe) -> None:
 
 def write_run_report(run_folder: Path) -> None:
     """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
-    from composer_se.report import write_report
+    from composer_se.report.write import write_report
 
     try:
         write_report(run_folder)

@@ -10,10 +10,7 @@ import numpy as np
 
 from composer_se.measure.uncertainty import Interval, students_t
 
-__all__ = ["Levels", "Seconds", "find_levels"]
-
-Seconds = Mapping[str, Sequence[Sequence[float]]]
-"""Per variant, per instance of it, one time in seconds for each round."""
+__all__ = ["Levels", "find_levels"]
 
 
 @dataclass(frozen=True)
@@ -63,12 +60,12 @@ class Levels:
         return students_t(self.degrees) * self.deviation * math.sqrt(variance)
 
 
-def find_levels(seconds: Seconds) -> Levels:
+def find_levels(seconds: Mapping[str, Sequence[Sequence[float]]]) -> Levels:
     """Divides by the median of each round, and finds the spread between instances of the same code.
 
-    Each instance is timed once a round. The median of a round measures the state of the machine (its clock, other
-    programs), and cancels. An instance's level is the median over its rounds, so a single disturbed visit does not
-    count.
+    Times are in seconds, by variant, instance and round; each instance is timed once a round. The median of a round
+    measures the state of the machine (its clock, other programs), and cancels. An instance's level is the median over
+    its rounds, so a single disturbed visit does not count.
 
     Raises:
         ValueError: No variant has two instances.

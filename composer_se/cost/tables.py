@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -15,9 +14,8 @@ from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN, Variant
 from composer_se.measure.uncertainty import Interval
 from composer_se.show.terminal import new_table
-from composer_se.show.text import to_json
 
-__all__ = ["conditions", "print_study", "write_json"]
+__all__ = ["as_dict", "conditions", "print_study"]
 
 # Broken, so that the tables fit into 80 columns.
 _SETTING = "min_\nchannels"
@@ -36,11 +34,6 @@ def print_study(study: Study, console: Console) -> None:
             console.print(_layers_table(study.layers, mode))
     for note in study.notes:
         console.print(f"Note: {note}", highlight=False)
-
-
-def write_json(study: Study, path: Path) -> None:
-    """Writes all results, every timed visit included."""
-    path.write_text(to_json(_as_dict(study)))
 
 
 def conditions(study: Study) -> str:
@@ -157,7 +150,8 @@ def _span(passes: tuple[int, ...]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
-def _as_dict(study: Study) -> dict[str, Any]:
+def as_dict(study: Study) -> dict[str, Any]:
+    """All results, every timed visit included."""
     found: dict[str, Any] = {
         "network": study.network,
         "settings": asdict(study.settings)

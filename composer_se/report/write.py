@@ -13,6 +13,7 @@ import jinja2
 import torch
 
 from composer_se.errors import UserError
+from composer_se.files import replace_file
 from composer_se.planning import Plan, plan
 from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
@@ -29,9 +30,6 @@ def write_report(run_folder: Path) -> Path:
 
     It needs `recipe.yaml`. It shows whatever else is there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
     `gates.png` of `composer-se gates`, and `cost.json`, as `composer-se cost --json RUN/cost.json` writes it.
-
-    Args:
-        run_folder: The run's folder.
 
     Returns:
         The path of the report.
@@ -58,9 +56,7 @@ def write_report(run_folder: Path) -> Path:
         recipe=recipe_file.read_text(),
     )
     target = run_folder / "report.html"
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(html, encoding="utf-8")
-    temporary.replace(target)
+    replace_file(target, html)
     return target
 
 
