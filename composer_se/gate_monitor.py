@@ -36,7 +36,8 @@ class GateMonitor(Callback):
     * ``gates/mean/LAYER``
     * ``gates/std_over_samples/LAYER``: the spread of a channel's gate over images;
     * ``gates/std_over_channels/LAYER``: the spread over channels;
-    * ``gates/share_near_0/LAYER`` and ``gates/share_near_1/LAYER``: gates below 0.05 and above 0.95.
+    * ``gates/share_near_0/LAYER`` and ``gates/share_near_1/LAYER``: gates below 0.05 and above 0.95 times
+      their limit, which is 2 for blocks that start at identity, else 1.
 
     Warns once of a layer whose gates are constant over samples (a fixed scale, which a following normalisation layer
     undoes) or saturated (nearly all near 0 or 1) in three observed batches in a row.
@@ -117,7 +118,7 @@ class GateMonitor(Callback):
             self._warn(name, gates)
 
     def _add(self, name: str, logits: Tensor) -> None:
-        sums = gate_sums(logits)
+        sums = gate_sums(logits, self._blocks[name].gate_limit)
         self._sums[name] = self._sums[name] + sums if name in self._sums else sums
 
     def _statistics(self) -> dict[str, GateStatistics]:
@@ -126,7 +127,7 @@ class GateMonitor(Callback):
         like = next(iter(self._sums.values()), None)
         if like is None:
             parameter = next(next(iter(self._blocks.values())).parameters())
-            like = gate_sums(torch.empty(0, 1, device=parameter.device))
+            like = gate_sums(torch.empty(0, 1, device=parameter.device), 1.0)
         # Every process has the same layout, also where a layer did not run.
         layers = zip(self._blocks, sizes, strict=True)
         flat = torch.cat([self._sums.get(name, like.new_zeros(size)) for name, size in layers])

@@ -93,7 +93,9 @@ def test_statistics_are_those_of_the_gates() -> None:
 
 def test_sums_add_up_over_unequal_batches() -> None:
     logits = 6 * torch.randn(9, 5)
-    mean, over_samples, over_channels, near_0, near_1 = describe(gate_sums(logits[:2]) + gate_sums(logits[2:])).tolist()
+    mean, over_samples, over_channels, near_0, near_1 = describe(
+        gate_sums(logits[:2], 1.0) + gate_sums(logits[2:], 1.0)
+    ).tolist()
     gates = logits.double().sigmoid()
     assert mean == pytest.approx(float(gates.mean()))
     assert over_samples == pytest.approx(float(gates.var(0, correction=0).mean().sqrt()))

@@ -107,8 +107,8 @@ def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, set
     """The passes of each SE layer, run alone with its norm on an input like the one that it has in the network."""
     passes = []
     for layer in called_layers(network, names, image, settings.autocast):
-        norm = [] if layer.norm is None else [copy.deepcopy(layer.norm)]
-        with_se, plain = (nn.Sequential(conv, *norm) for conv in (layer.wrapper, layer.wrapper.get_submodule("conv")))
+        norm = [] if layer.norm in (None, layer.bare) else [copy.deepcopy(layer.norm)]
+        with_se, plain = (nn.Sequential(part, *norm) for part in (layer.wrapper, layer.bare))
         images = torch.cat([layer.image] * _batch_size_apart(with_se))
         passes.append(full_size_passes(with_se, plain, images, settings.autocast))
     return tuple(passes)

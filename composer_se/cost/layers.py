@@ -18,8 +18,8 @@ from composer_se.cost.settings import Settings
 from composer_se.cost.variants import CalledLayer, called_layers, composers_layers
 from composer_se.measure.timing import time_in_turns
 from composer_se.measure.uncertainty import Interval, ratio_of_means
-from composer_se.modules import SqueezeExciteConv2d
 from composer_se.show.terminal import Progress, counted
+from composer_se.wrapper import SqueezeExcited
 
 __all__ = ["BUILT_IN", "NORM", "NOTHING", "OURS", "LayerKind", "LayerTimes", "measure_layers"]
 
@@ -104,28 +104,29 @@ def measure_layers(network: nn.Module, images: Tensor, settings: Settings, progr
 
 
 def _different_layers(network: nn.Module, image: Tensor, settings: Settings) -> dict[LayerKind, CalledLayer]:
-    names = [name for name, module in network.named_modules() if isinstance(module, SqueezeExciteConv2d)]
+    names = [name for name, module in network.named_modules() if isinstance(module, SqueezeExcited)]
     found: dict[LayerKind, list[CalledLayer]] = {}
     for layer in called_layers(network, names, image, settings.autocast):
         norm = "none" if layer.norm is None else type(layer.norm).__name__
         _, channels, height, width = layer.map.shape
-        latent_channels = cast(SqueezeExciteConv2d, layer.wrapper).se.latent_channels
+        latent_channels = cast(SqueezeExcited, layer.wrapper).se.latent_channels
         found.setdefault(LayerKind(channels, height, width, latent_channels, norm, 1), []).append(layer)
     return {replace(kind, count=len(same)): copy.deepcopy(same[0]) for kind, same in found.items()}
 
 
 def _variants(layer: CalledLayer, training: bool, against_composer: bool) -> dict[str, Callable[[Tensor], Tensor]]:
-    wrapper = cast(SqueezeExciteConv2d, layer.wrapper).train(training)
+    wrapper: Any = layer.wrapper.train(training)
     norm = nn.Identity() if layer.norm is None else layer.norm.train(training)
+    behind_norm = layer.norm is layer.bare
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         NOTHING: lambda u: u,
         NORM: lambda u: norm(u),
-        OURS: lambda u: norm(wrapper.scale(u)),
+        OURS: (lambda u: wrapper(u)) if behind_norm else (lambda u: norm(wrapper.scale(u))),
     }
     if against_composer:
-        composers = composers_layers().SqueezeExcite2d(wrapper.conv.out_channels, wrapper.se.latent_channels)
+        composers = composers_layers().SqueezeExcite2d(layer.map.shape[1], wrapper.se.latent_channels)
         composers = composers.to(layer.map.device).train(training)
-        variants[BUILT_IN] = lambda u: norm(composers(u))
+        variants[BUILT_IN] = (lambda u: composers(norm(u))) if behind_norm else (lambda u: norm(composers(u)))
     return variants
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from composer_se.errors import UserError
 from composer_se.functional import apply_squeeze_excite
 from composer_se.options import SqueezeExciteOptions
-from composer_se.selection import following_norms, select_convs
+from composer_se.selection import ConvChoice, following_norms, select_convs
 
 __all__ = ["PLAIN", "CalledLayer", "Variant", "called_layers", "composers_layers", "make_variants"]
 
@@ -28,7 +28,7 @@ class Variant:
     name: str  # as printed in the table
     code: str  # whose SE it has: "plain" (none), "composer-se" or "composer"
     min_channels: str | None  # as printed ("128", "auto (512)"); None for the plain network
-    layers: tuple[str, ...]  # qualified names of the convs that have SE
+    layers: tuple[str, ...]  # qualified names of the convs or norms that have SE
     # Makes an instance on the CPU. Where variants have the same parameters, all instances have the same weights.
     build: Callable[[], nn.Module]
 
@@ -40,9 +40,10 @@ def make_variants(
     *,
     against_composer: bool,
 ) -> tuple[list[Variant], list[str]]:
-    """The plain network, ours for each setting of `min_channels`, and Composer's built-in on the same convs and widths.
+    """The plain network, ours for each setting of `min_channels`, and Composer's built-in on the same layers.
 
-    The network is copied, never changed.
+    Behind norms, where Composer's algorithm puts no block, its layer is put by hand. The network is copied, never
+    changed.
 
     Returns:
         The variants, the plain network first, and a line for each setting that was left out because no conv
@@ -59,18 +60,17 @@ def make_variants(
             selection = select_convs(network, options)
         except (TypeError, ValueError) as error:
             raise UserError(" ".join(str(error).split())) from error
-        widths = {choice.name: choice.latent_channels for choice in selection.chosen}
+        layers = _layers(network, selection.chosen, options.placement)
         label = f"{setting} ({selection.min_channels})" if setting == "auto" else str(setting)
-        if not widths:
+        if not layers:
             notes.append(f"min_channels={label} fits no conv of this network: left out")
             continue
-        layers = tuple(widths)
         build = _seeded(network, lambda copied, options=options: apply_squeeze_excite(copied, **asdict(options)))
-        variants.append(Variant(f"ours {label}", "composer-se", label, layers, build))
+        variants.append(Variant(f"ours {label}", "composer-se", label, tuple(layers), build))
         if against_composer:
             composers_layers()  # complains now, not when a variant is built
-            build = _seeded(network, lambda copied, widths=widths: _apply_composers(copied, widths))
-            variants.append(Variant(f"built-in {label}", "composer", label, layers, build))
+            build = _seeded(network, lambda copied, layers=layers: _apply_composers(copied, layers))
+            variants.append(Variant(f"built-in {label}", "composer", label, tuple(layers), build))
     if len(variants) == 1:
         raise UserError(f"--min-channels: {'; '.join(notes)}; try 'auto' or a smaller number")
     return variants, notes
@@ -89,12 +89,24 @@ def _seeded(network: nn.Module, convert: Callable[[nn.Module], object]) -> Calla
     return build
 
 
-def _apply_composers(network: nn.Module, widths: Mapping[str, int]) -> None:
+def _layers(network: nn.Module, chosen: Iterable[ConvChoice], placement: str) -> dict[str, tuple[int, int]]:
+    """The convs, or the norms behind them, that get SE, by name: channels and width of the block."""
+    norms = following_norms(network)
+    names = {module: name for name, module in network.named_modules()}
+    layers = {choice.conv if placement == "conv" else norms[choice.conv]: choice for choice in chosen}
+    return {names[layer]: (choice.conv.out_channels, choice.latent_channels) for layer, choice in layers.items()}
+
+
+def _apply_composers(network: nn.Module, layers: Mapping[str, tuple[int, int]]) -> None:
     composers = composers_layers()
     wrappers: dict[nn.Module, nn.Module] = {}
-    for name, width in widths.items():
-        conv = network.get_submodule(name)
-        wrappers[conv] = composers.SqueezeExciteConv2d(conv=conv, latent_channels=width)
+    for name, (channels, width) in layers.items():
+        layer = network.get_submodule(name)
+        wrappers[layer] = (
+            composers.SqueezeExciteConv2d(conv=layer, latent_channels=width)
+            if isinstance(layer, nn.Conv2d)
+            else nn.Sequential(layer, composers.SqueezeExcite2d(channels, width))
+        )
     # A conv may sit in several places; each of them gets the one wrapper.
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if module in wrappers:
@@ -116,25 +128,30 @@ def composers_layers() -> Any:
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """An SE layer that a network calls, the norm behind it, and the conv's input and output for one image."""
+    """An SE layer that a network calls, the norm behind its conv, and what layer and norm get for one image.
+
+    The layer is a conv and its block, or a norm and its block.
+    """
 
     wrapper: nn.Module
+    bare: nn.Module  # the conv or norm
     norm: nn.Module | None
-    image: torch.Tensor
-    map: torch.Tensor
+    image: torch.Tensor  # the input of the layer
+    map: torch.Tensor  # the input of the norm
 
 
 def called_layers(
     network: nn.Module, names: Iterable[str], image: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> list[CalledLayer]:
     """The SE layers of these names that the network calls for an image."""
-    wrappers = {network.get_submodule(name): network.get_submodule(f"{name}.conv") for name in names}
+    wrappers = {network.get_submodule(name): _bare(network.get_submodule(name)) for name in names}
     seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def remember(conv: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen.setdefault(conv, (args[0], output.clone()))  # the block may write over the output
+    def remember(bare: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        # A copy, since the block may write over the output.
+        seen.setdefault(bare, (args[0], output.clone() if isinstance(bare, nn.Conv2d) else args[0]))
 
-    handles = [conv.register_forward_hook(remember) for conv in wrappers.values()]
+    handles = [bare.register_forward_hook(remember) for bare in wrappers.values()]
     was_training = network.training
     with torch.no_grad(), autocast():
         network.eval()(image)
@@ -142,4 +159,14 @@ def called_layers(
     for handle in handles:
         handle.remove()
     norms = following_norms(network)
-    return [CalledLayer(wrapper, norms.get(wrapper), *seen[conv]) for wrapper, conv in wrappers.items() if conv in seen]
+    called = ((wrapper, bare) for wrapper, bare in wrappers.items() if bare in seen)
+    return [
+        CalledLayer(wrapper, bare, norms.get(wrapper) if isinstance(bare, nn.Conv2d) else bare, *seen[bare])
+        for wrapper, bare in called
+    ]
+
+
+def _bare(wrapper: nn.Module) -> nn.Module:
+    """The conv or norm of a layer with SE, ours or Composer's."""
+    children = dict(wrapper.named_children())
+    return next(children[name] for name in ("conv", "norm", "0") if name in children)

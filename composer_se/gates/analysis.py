@@ -92,7 +92,8 @@ def analyse(
     if not right:
         raise UserError("--data: there are no held-out images")
     sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
-    fixed = {name: torch.logit(_channel_means(s.sum(0)), eps=1e-6) for name, s in sums.items()}
+    shares = {name: _channel_means(s.sum(0)) / blocks[name].gate_limit for name, s in sums.items()}
+    fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}
     right_fixed: dict[str, list[Tensor]] = {name: [] for name in sums}
     for done, (images, labels) in enumerate(_on_device(batches, device)):
         for name, logits in fixed.items():
@@ -116,7 +117,7 @@ def _observe(
 ) -> dict[str, tuple[Tensor, int]]:
     terms: dict[str, list[Tensor]] = {name: [] for name in blocks}
     handles = [
-        observe_logits(block, lambda logits, name=name: terms[name].append(gate_terms(logits)))
+        observe_logits(block, lambda logits, name=name: terms[name].append(gate_terms(logits, blocks[name].gate_limit)))
         for name, block in blocks.items()
     ]
     try:

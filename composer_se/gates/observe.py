@@ -30,8 +30,8 @@ class GateStatistics:
     # means that the block scales every channel by a fixed number.
     std_over_samples: float
     std_over_channels: float  # how far the mean gates of channels differ
-    share_near_0: float  # of gates below `NEAR`
-    share_near_1: float  # of gates above 1 - `NEAR`
+    share_near_0: float  # of gates below `NEAR` times their limit
+    share_near_1: float  # of gates above 1 - `NEAR` times their limit
 
 
 def se_blocks(model: nn.Module) -> dict[str, SqueezeExcite2d]:
@@ -60,8 +60,8 @@ def sums_size(block: SqueezeExcite2d) -> int:
     return 3 + 2 * _last_linear(block).out_features
 
 
-def gate_terms(logits: Tensor) -> Tensor:
-    """The terms that each sample adds to the sums behind `describe`, from the logits of its gates.
+def gate_terms(logits: Tensor, limit: float) -> Tensor:
+    """The terms that each sample adds to the sums behind `describe`, from logits and limit of its gates.
 
     Returns:
         Tensor of shape (N, 3 + 2 C) for N samples: 1, how many of the gates are near 0 and near 1, the gates, their
@@ -69,14 +69,15 @@ def gate_terms(logits: Tensor) -> Tensor:
         other.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
-    gates = torch.sigmoid(logits.detach().reshape(-1, logits.shape[-1]).to(dtype))
-    counts = [torch.ones_like(gates[:, :1]), *(near.sum(1, True) for near in (gates < NEAR, gates > 1 - NEAR))]
+    shares = torch.sigmoid(logits.detach().reshape(-1, logits.shape[-1]).to(dtype))
+    counts = [torch.ones_like(shares[:, :1]), *(near.sum(1, True) for near in (shares < NEAR, shares > 1 - NEAR))]
+    gates = shares * limit
     return torch.cat([*counts, gates, gates.square()], dim=1)
 
 
-def gate_sums(logits: Tensor) -> Tensor:
+def gate_sums(logits: Tensor, limit: float) -> Tensor:
     """`gate_terms` summed over samples, (3 + 2 C,). Such sums add up over batches and processes."""
-    return gate_terms(logits).sum(0)
+    return gate_terms(logits, limit).sum(0)
 
 
 def describe(sums: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from composer_se.gates.observe import NEAR
 from composer_se.report.picture import Series, line_plot
 from composer_se.show.text import duration
 
@@ -71,8 +70,8 @@ def gates_in_training(lines: Lines) -> Content:
         "mean": ("mean", "{:.3f}"),
         "std_over_samples": ("std over images", "{:.4f}"),
         "std_over_channels": ("std over channels", "{:.4f}"),
-        "share_near_0": (f"below {NEAR}", "{:.1%}"),
-        "share_near_1": (f"above {1 - NEAR}", "{:.1%}"),
+        "share_near_0": ("near 0", "{:.1%}"),
+        "share_near_1": ("near their limit", "{:.1%}"),
     }
 
     def last(layer: str, statistic: str) -> float:
