@@ -96,6 +96,18 @@ def test_a_word_comes_before_a_module_of_that_name() -> None:
     assert list(train_only(Net(), "head.*")) == ["head.weight"]
 
 
+def test_a_frozen_norm_with_a_block_of_its_own_keeps_its_statistics() -> None:
+    model = conv_norm_net()
+    apply_squeeze_excite(model, latent_channels=4, min_channels="auto", placement="norm")
+    train_only(model, "se")
+    before = copy.deepcopy(model.state_dict())
+    model.train()(IMAGES).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad.any() for parameter in model[7].se.parameters())
+    assert "7.norm.weight" in train_only(model, "norms")
+    assert model.train()[7].norm.training
+
+
 @pytest.mark.parametrize(
     "name",
     [
