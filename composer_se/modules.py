@@ -9,7 +9,7 @@ Parameters have the names of Composer's built-in algorithm (``conv.weight``, ``s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ class SqueezeExcite2d(nn.Module):
     """
 
     gate_limit = 1.0  # the gates lie between 0 and this
+    __constants__ = ("gate_limit",)  # TorchScript sees no other attributes of a class
     _has_moved = True  # whether gates that start at 1 may differ from it
 
     def __init__(
@@ -118,7 +119,8 @@ class SqueezeExciteConv2d(SqueezeExcited):
     """
 
     inner = "conv"
-    conv: nn.Conv2d
+    if TYPE_CHECKING:  # TorchScript would look up the annotation
+        conv: nn.Conv2d
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 from torch.nn.modules import module as _module
@@ -23,7 +23,9 @@ class SqueezeExcited(nn.Module):
     """
 
     inner: ClassVar[str]
-    se: Any  # the block; Any, because TorchScript resolves the annotations of a class
+    __jit_unused_properties__ = ("layer",)
+    if TYPE_CHECKING:  # TorchScript would look up the annotation
+        se: Any
 
     def _wrap(self, layer: nn.Module, se: nn.Module) -> None:
         setattr(self, self.inner, layer)

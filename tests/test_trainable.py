@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from composer.models import ComposerClassifier
-from composer_se.cost.saved import saved_bytes
-from helpers import conv_norm_net
+from helpers import conv_norm_net, saved_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -94,6 +93,18 @@ def test_a_word_comes_before_a_module_of_that_name() -> None:
 
     assert list(train_only(Net(), "head")) == ["body.weight"]
     assert list(train_only(Net(), "head.*")) == ["head.weight"]
+
+
+def test_a_frozen_norm_with_a_block_of_its_own_keeps_its_statistics() -> None:
+    model = conv_norm_net()
+    apply_squeeze_excite(model, latent_channels=4, min_channels="auto", placement="norm")
+    train_only(model, "se")
+    before = copy.deepcopy(model.state_dict())
+    model.train()(IMAGES).sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad.any() for parameter in model[7].se.parameters())
+    assert "7.norm.weight" in train_only(model, "norms")
+    assert model.train()[7].norm.training
 
 
 @pytest.mark.parametrize(
@@ -211,15 +222,12 @@ def test_gradients_behind_a_frozen_norm_that_takes_the_gate_are_those_of_the_for
 
 
 def test_a_step_keeps_less_memory() -> None:
-    def kept(model: nn.Module) -> int:
-        return saved_bytes(lambda: model(IMAGES).sum(), exclude=[*model.parameters(), *model.buffers()])
-
     model = network().train()
-    everything = kept(model)
+    everything = saved_bytes(model, IMAGES)
     train_only(model, ["se", "head"])
-    blocks_and_head = kept(model)
+    blocks_and_head = saved_bytes(model, IMAGES)
     train_only(model, ["head"])
-    assert kept(model) < 0.1 * blocks_and_head < 0.1 * everything
+    assert saved_bytes(model, IMAGES) < 0.1 * blocks_and_head < 0.1 * everything
 
 
 def test_scripts() -> None:
