@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torchvision.models
+from cheap_models import build
 from PIL import Image
 from torchvision.models._api import WeightsEnum
 
 from composer_se.commands.train import run_recipe
 from composer_se.recipe.load import shipped_recipes
-from tests.cheap_models import build
 
 NOISE = "{name: synthetic, num_samples: 8, image_size: 32, num_channels: %d, num_classes: 10}"
 SHORT = ["max_duration=2ba", "train_batch_size=4", "eval_batch_size=4", "progress_bar=false", "precision=fp32"]
