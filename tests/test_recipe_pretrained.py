@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision.models
+from cheap_models import build
 from torch import Tensor
 from torchvision.models._api import WeightsEnum
 
@@ -25,7 +26,6 @@ from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network, check_network, without_weights
 from composer_se.recipe.validate import make_plan
 from composer_se.recipe.weights import read_weights
-from tests.cheap_models import build
 
 # One network of each family, with its classifier.
 CLASSIFIERS = {

