@@ -1,6 +1,7 @@
 """The data sets that a recipe can name: what each reads, how large its images are, and how they become tensors.
 
-To add one, write a function that opens a split and list it in `DATASETS`. Its arguments are those of the recipe.
+To add one, write a function that opens a split and list it in `DATASETS`. Its arguments are those of the recipe. A
+recipe can also name a function of the user's.
 """
 
 from __future__ import annotations
@@ -8,22 +9,24 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 import torchvision.datasets
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from composer_se.errors import UserError, did_you_mean, one_line
-from composer_se.recipe.loaders import Images, Split, StreamedImages
+from composer_se.recipe.image_tree import ImageTree, count_tree_classes, find_tree_fault, split_folder, split_indices
+from composer_se.recipe.loaders import Images, SeededImages, Split, StreamedImages
+from composer_se.recipe.own_parts import own_part
 
 __all__ = ["DATASETS", "DataSet", "find_dataset", "image_size"]
 
@@ -35,30 +38,40 @@ class DataSet:
     Attributes:
         open: Makes a split, called with `train` and the arguments that the recipe gives.
         layout: The files that it reads, for the reference page.
+        count_classes: Called with the recipe's arguments. Returns the number of classes, None if it can't be known yet.
         image_size: Height and width in pixels of what a network gets; None where the argument `image_size` says it.
         find_fault: Called with `train` and the recipe's arguments before anything is built. Returns the argument that
             is wrong and what is wrong with it, or None.
+        shared: Arguments that divide the images into the two splits, so that both splits must agree on them.
     """
 
     open: Callable[..., Split]
     layout: str
+    count_classes: Callable[[Mapping[str, Any]], int | None]
     image_size: int | None = None
     find_fault: Callable[[bool, Mapping[str, Any]], tuple[str, str] | None] = lambda train, arguments: None
+    shared: tuple[str, ...] = ()
 
 
 def find_dataset(name: str, path: str) -> DataSet:
-    """The data set of a name.
+    """The data set of a name, which may be `package.module:name` of a function or class of the user's.
+
+    Args:
+        name: The name.
+        path: The key path of the name, for the messages.
 
     Raises:
-        UserError: Unknown name.
+        UserError: Unknown name, or one that can't be imported.
     """
+    if ":" in name:
+        return _own_dataset(name, path)
     if name not in DATASETS:
         raise UserError(f"{path}: unknown data set {name!r}{did_you_mean(name, DATASETS)}")
     return DATASETS[name]
 
 
-def image_size(section: Mapping[str, Any]) -> int:
-    """Height and width in pixels of the images of a recipe's data.
+def image_size(section: Mapping[str, Any]) -> int | None:
+    """Height and width in pixels of the images of a recipe's data; None for a data set of the user's that doesn't say.
 
     Args:
         section: The recipe's `train_dataset` or `eval_dataset`.
@@ -66,7 +79,9 @@ def image_size(section: Mapping[str, Any]) -> int:
     dataset = find_dataset(section["name"], "name")
     if dataset.image_size:
         return dataset.image_size
-    return section.get("image_size", inspect.signature(dataset.open).parameters["image_size"].default)
+    argument = inspect.signature(dataset.open).parameters.get("image_size")
+    size = section.get("image_size", argument and argument.default)
+    return size if isinstance(size, int) else None
 
 
 def digits(train: bool) -> Images:
@@ -92,26 +107,49 @@ def digits(train: bool) -> Images:
     return Images(_ArrayImages(pixels, data.target[indices]), transform, False, [str(digit) for digit in range(10)])
 
 
-def fashion_mnist(train: bool, root: str = "data", padding: int = 4) -> Images:
+def fashion_mnist(
+    train: bool,
+    root: str = "data",
+    padding: int = 4,
+    image_size: int = 28,
+    num_channels: Literal[1, 3] = 1,
+    num_samples: int | None = None,
+) -> Images:
     """Fashion-MNIST: 60,000 and 10,000 images of clothing, 28×28, grey, 10 classes.
 
     Args:
         train: The training images, or the held-out ones.
         root: The folder that holds the data, or that they are downloaded to.
         padding: Pixels on each side of the training images from which crops are drawn; 0 for no crops.
+        image_size: Height and width that the images are brought to, after the crop.
+        num_channels: 3 repeats the grey channel and scales pixels from 0 to 255 as (x - 127) / 128, for pretrained
+            networks that take such images.
+        num_samples: Train on so many images only, always the same random ones. None: all.
 
     Raises:
-        ValueError: `padding` is negative.
+        ValueError: An argument is out of range.
     """
     if padding < 0:
         raise ValueError(f"padding must be 0 or more, got {padding}")
-    transform = _to_tensor(_pad_crop_flip(28, padding) if train else [], (0.2860,), (0.3530,))
+    steps = _pad_crop_flip(28, padding) if train else []
+    if image_size != 28:  # after the crop, which is cheaper on fewer pixels
+        steps.append(v2.Resize(_checked_size(image_size), antialias=True))
+    mean, std = (0.2860, 0.3530) if num_channels == 1 else (127 / 255, 128 / 255)
+    transform = _to_tensor(steps, (mean,), (std,))
+    if num_channels == 3:
+        transform.transforms.append(v2.Grayscale(3))
     prefix = Path(root) / ("train" if train else "t10k")
     if Path(f"{prefix}-images-idx3-ubyte.gz").is_file():
         files = (Path(f"{prefix}-{content}-ubyte.gz") for content in ("images-idx3", "labels-idx1"))
-        images: Dataset = _ArrayImages(*map(_read_idx, files))
+        images: Any = _ArrayImages(*map(_read_idx, files))
     else:
         images = _downloaded("FashionMNIST", root, train)
+    if num_samples is not None:
+        if not train:
+            raise ValueError("num_samples is for training images; eval_subset_num_batches evaluates on fewer")
+        if not 0 < num_samples <= len(images):
+            raise ValueError(f"num_samples must be 1 to {len(images)}, got {num_samples}")
+        images = Subset(images, np.random.RandomState(0).permutation(len(images))[:num_samples].tolist())
     return Images(images, transform, True, torchvision.datasets.FashionMNIST.classes)
 
 
@@ -135,18 +173,41 @@ def cifar100(train: bool, root: str = "data") -> Images:
     return _cifar("CIFAR100", train, root, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
 
-def imagenet(train: bool, root: str = "imagenet", image_size: int = 224) -> Images:
-    """A tree of image files, such as ImageNet's, or your own: one folder of images per class.
+def image_folder(
+    train: bool, root: str, image_size: int = 224, val_fraction: float = 0.2, split_seed: int = 0
+) -> Images:
+    """Your own image files: one folder of images per class.
 
-    Training takes random resized crops and flips, evaluation the central crop of 7/8.
+    The classes are those of the folders, numbered by name. Training takes random resized crops and flips, evaluation
+    the central crop of 7/8. Without folders `train` and `val`, a part of every class is held out, always the same
+    images as long as no file is added, renamed or removed.
+
+    Args:
+        train: The images to train on, or those held out.
+        root: The folder of the tree.
+        image_size: Height and width of the crops.
+        val_fraction: Share of the images to hold out; of no use where `root` holds `train` and `val`.
+        split_seed: Which images are held out is drawn with this seed.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    transform = _imagenet_transform(train, image_size)
+    folder, is_whole = split_folder(Path(root), train)
+    tree = ImageTree(folder)
+    chosen = split_indices(tree.targets, train, val_fraction, split_seed) if is_whole else range(len(tree))
+    return Images(Subset(tree, chosen), transform, True, tree.classes)
+
+
+def imagenet(train: bool, root: str = "imagenet", image_size: int = 224) -> Images:
+    """ImageNet: the same as `image_folder`, for folders `train` and `val`.
 
     Args:
         train: `root/train` or `root/val`.
         root: The folder of the tree.
         image_size: Height and width of the crops.
     """
-    images = _ImageFiles(Path(root) / ("train" if train else "val"))
-    return Images(images, _imagenet_transform(train, image_size), True, images.classes)
+    return image_folder(train, root, image_size)
 
 
 def streaming(
@@ -209,13 +270,6 @@ def synthetic(
     return Images(images, None, False, [str(label) for label in range(min(num_samples, num_classes))])
 
 
-def _no_such_folder(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
-    folder = Path(str(arguments.get("root", "imagenet"))) / ("train" if train else "val")
-    if os.path.isdir(folder):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
-        return None
-    return "root", f"the folder {str(folder)!r} does not exist; it should hold one folder of images per class"
-
-
 def _no_streaming(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] | None:
     if importlib.util.find_spec("streaming"):
         return None
@@ -225,25 +279,68 @@ def _no_streaming(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] 
 _DOWNLOADED = "downloaded to `root` unless it is there, in torchvision's layout"
 
 DATASETS = {
-    "digits": DataSet(digits, "none, scikit-learn brings the images along", 8),
+    "digits": DataSet(digits, "none, scikit-learn brings the images along", lambda _: 10, 8),
     "fashion_mnist": DataSet(
-        fashion_mnist, f"{_DOWNLOADED}; or a folder with the four original `*-ubyte.gz` files themselves", 28
+        fashion_mnist, f"{_DOWNLOADED}; or a folder with the four original `*-ubyte.gz` files themselves", lambda _: 10
     ),
-    "cifar10": DataSet(cifar10, _DOWNLOADED, 32),
-    "cifar100": DataSet(cifar100, _DOWNLOADED, 32),
+    "cifar10": DataSet(cifar10, _DOWNLOADED, lambda _: 10, 32),
+    "cifar100": DataSet(cifar100, _DOWNLOADED, lambda _: 100, 32),
+    "image_folder": DataSet(
+        image_folder,
+        "`root/train/CLASS/*` and `root/val/CLASS/*`, or `root/CLASS/*` for all images; of any size",
+        count_tree_classes,
+        find_fault=find_tree_fault,
+        shared=("val_fraction", "split_seed"),
+    ),
     "imagenet": DataSet(
         imagenet,
         "`root/train/CLASS/*` and `root/val/CLASS/*`, images of any size; classes are numbered by name",
-        find_fault=_no_such_folder,
+        partial(count_tree_classes, root="imagenet"),
+        find_fault=partial(find_tree_fault, root="imagenet"),
     ),
     "streaming": DataSet(
         streaming,
         "shards in MDS format with the columns `x` (an image) and `y` (its class), in `remote/split` or `local/split`; "
         "needs `pip install 'composer-se[streaming]'`",
+        lambda _: None,
         find_fault=_no_streaming,
     ),
-    "synthetic": DataSet(synthetic, "none, made up in memory"),
+    "synthetic": DataSet(synthetic, "none, made up in memory", lambda arguments: arguments.get("num_classes", 1000)),
 }
+
+
+def _own_dataset(name: str, path: str) -> DataSet:
+    """A data set that a function or class of the user's makes when it is called with `train`."""
+    make = own_part(name, path, "a map-style torch.utils.data.Dataset", _is_map_style)
+    signature = inspect.signature(make)
+    if "train" not in signature.parameters:
+        raise UserError(f"{path}: {name} takes no argument train, which is false for the held-out images; add it")
+
+    def open_own(**arguments: Any) -> Images:
+        images = make(**arguments)
+        try:
+            image, label = SeededImages(images, None, seed=0)[0]
+        except Exception as error:  # whatever the user's data set does
+            raise UserError(
+                f"{path}: {name} fails at its first image ({type(error).__name__}: {one_line(error)})"
+            ) from error
+        if not isinstance(image, torch.Tensor) or image.dim() != 3 or not isinstance(label, int | np.integer):
+            got = f"of shape {tuple(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+            raise UserError(
+                f"{path}: {name} yields ({got}, {type(label).__name__}), expected a tensor (C, H, W) and the number of "
+                "its class, an int"
+            )
+        classes = getattr(images, "classes", None)
+        return Images(images, None, True, [str(name) for name in classes] if isinstance(classes, list) else None)
+
+    open_own.__name__ = name
+    open_own.__signature__ = signature  # type: ignore[attr-defined]
+    open_own.__annotations__ = make.__annotations__
+    return DataSet(open_own, "", lambda _: None)
+
+
+def _is_map_style(made: Any) -> bool:
+    return isinstance(made, Dataset) and hasattr(made, "__len__") and not isinstance(made, IterableDataset)
 
 
 class _ArrayImages(Dataset):
@@ -258,17 +355,6 @@ class _ArrayImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         return Image.fromarray(self.images[index]), int(self.labels[index])
-
-
-class _ImageFiles(torchvision.datasets.ImageFolder):
-    """Names the file of an image that can't be read."""
-
-    def __getitem__(self, index: int) -> tuple[Any, Any]:
-        try:
-            return super().__getitem__(index)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL's, and that of a damaged PNG
-            path = self.samples[index][0]
-            raise UserError(f"{path}: can't be read ({one_line(error)}); repair or delete this image") from error
 
 
 class _SyntheticImages(Dataset):
@@ -315,10 +401,16 @@ def _read_idx(path: Path) -> np.ndarray:
 def _imagenet_transform(train: bool, image_size: int) -> Callable[[Any], Any]:
     steps: list[v2.Transform]
     if train:
-        steps = [v2.RandomResizedCrop(image_size, antialias=True), v2.RandomHorizontalFlip()]
+        steps = [v2.RandomResizedCrop(_checked_size(image_size), antialias=True), v2.RandomHorizontalFlip()]
     else:
-        steps = [v2.Resize(image_size * 256 // 224, antialias=True), v2.CenterCrop(image_size)]
+        steps = [v2.Resize(_checked_size(image_size) * 256 // 224, antialias=True), v2.CenterCrop(image_size)]
     return _to_tensor(steps, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def _checked_size(image_size: int) -> int:
+    if image_size < 1:
+        raise ValueError(f"image_size must be 1 or more, got {image_size}")
+    return image_size
 
 
 def _pad_crop_flip(size: int, padding: int) -> list[v2.Transform]:
