@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from composer_se.cli import main
 from composer_se.commands.network import add_network_arguments, read_network
-from composer_se.recipe.data import image_folder
+from composer_se.recipe.image_sets import image_folder
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.run_folder import check_classes, write_classes, write_recipe, write_summary
@@ -58,6 +59,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     add_photos(tmp_path / "photos", cat=12, dog=9, owl=14)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
+    for name in ("my_package", "my_package.models"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
 
