@@ -16,7 +16,7 @@ import torchvision.models
 from composer.utils import dist
 from torch import Tensor, nn
 
-from composer_se.errors import UserError, did_you_mean
+from composer_se.errors import UserError, did_you_mean, one_line
 from composer_se.recipe.arguments import check_arguments, construct, type_hints
 from composer_se.recipe.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
 from composer_se.recipe.own_parts import own_part
