@@ -164,7 +164,10 @@ def test_bad_trees_are_refused_in_one_line_and_nothing_is_written(
         assert f"_dataset.root: {message}" in line, line
     for overrides, message in (
         (["model.num_classes=2"], "model.num_classes: my_package.models:make_network has 2 outputs, but train_dataset"),
-        (["train_dataset.val_fraction=0.3"], "eval_dataset.val_fraction: is 0.2, but 0.3 in train_dataset"),
+        (
+            ["train_dataset.val_fraction=0.3", "train_dataset.root=./photos/"],
+            "eval_dataset.val_fraction: is 0.2, but 0.3 in train_dataset",
+        ),
         (["train_dataset.root=null"], "train_dataset.root: expected a string, got None"),
         (["train_dataset={name: image_folder}"], "train_dataset.root: required by image_folder"),
         (["train_dataset.val_fraction=2", "eval_dataset=null"], "train_dataset.val_fraction: val_fraction must be abo"),
@@ -174,6 +177,19 @@ def test_bad_trees_are_refused_in_one_line_and_nothing_is_written(
         (line,) = capfd.readouterr().err.splitlines()
         assert message in line, line
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_tree_that_may_not_be_read_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def forbidden(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("composer_se.recipe.image_tree.os.scandir", forbidden)
+    assert main(["train", "mine.yaml", "model.num_classes=3"]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "train_dataset.root: can't be read ([Errno 13] Permission denied: 'photos')" in line
 
 
 @pytest.mark.usefixtures("folder")

@@ -76,28 +76,38 @@ def count_tree_classes(arguments: Mapping[str, Any], root: str = "") -> int | No
         root: Default of the argument `root`.
     """
     folder, _ = split_folder(Path(arguments.get("root", root)), train=True)
-    return len(_class_names(folder)) or None if _is_folder(folder) else None
+    try:
+        return len(_class_names(folder)) or None
+    except OSError:
+        return None
 
 
 def find_tree_fault(train: bool, arguments: Mapping[str, Any], root: str = "") -> tuple[str, str] | None:
     """What is wrong with a tree, found without reading an image: the argument and the fault."""
-    top = Path(arguments.get("root", root))
+    try:
+        fault = _find_fault(train, Path(arguments.get("root", root)))
+    except OSError as error:  # no permission
+        fault = f"can't be read ({one_line(error)})"
+    return ("root", fault) if fault else None
+
+
+def _find_fault(train: bool, top: Path) -> str | None:
     folder, is_whole = split_folder(top, train)
     if not _is_folder(folder):
         where = f"{str(top / 'train')!r} and {str(top / 'val')!r}" if is_whole else repr(str(folder))
         also = f", or in {str(top)!r} itself" if is_whole else ""
-        return "root", f"found no folder {where}; put one folder of images per class there{also}"
+        return f"found no folder {where}; put one folder of images per class there{also}"
     names = _class_names(folder)
     if len(names) < 2:
         found = f"one class, {names[0]!r}" if names else "no folder of images"
-        return "root", f"{str(folder)!r} holds {found}; expected two classes or more, a folder of images for each"
+        return f"{str(folder)!r} holds {found}; expected two classes or more, a folder of images for each"
     for name in names:
         if not _holds_images(folder / name):
             endings = ", ".join(IMG_EXTENSIONS)
-            return "root", f"{str(folder / name)!r} holds no image ({endings}); add some, or delete the folder"
+            return f"{str(folder / name)!r} holds no image ({endings}); add some, or delete the folder"
     other, _ = split_folder(top, not train)
     if _is_folder(other) and (odd := sorted({*names} ^ {*_class_names(other)})):
-        return "root", f"{str(folder)!r} and {str(other)!r} differ: {odd[0]!r} is a class in one of them only"
+        return f"{str(folder)!r} and {str(other)!r} differ: {odd[0]!r} is a class in one of them only"
     return None
 
 

@@ -152,7 +152,7 @@ def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
 def _check_same_split(recipe: Recipe) -> None:
     """Both splits of one data set are divided alike, or images would be in both of them."""
     ours, theirs = recipe.train_dataset, recipe.eval_dataset or {}
-    if any(ours.get(key) != theirs.get(key) for key in ("name", "root")):
+    if ours["name"] != theirs.get("name") or not _is_same_place(ours.get("root"), theirs.get("root")):
         return
     dataset = find_dataset(ours["name"], "train_dataset.name")
     for name in dataset.shared:
@@ -163,6 +163,10 @@ def _check_same_split(recipe: Recipe) -> None:
                 f"eval_dataset.{name}: is {there!r}, but {here!r} in train_dataset; set both alike, or images would "
                 "be in both of them"
             )
+
+
+def _is_same_place(ours: Any, theirs: Any) -> bool:
+    return os.path.realpath(str(ours)) == os.path.realpath(str(theirs))
 
 
 def _loader_arguments(num_workers: int | None = None) -> None:
