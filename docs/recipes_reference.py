@@ -30,11 +30,11 @@ run may change a key marked **r**. All arms of a comparison must have a key mark
 
 SECTIONS = """\
 `model.name` is a classification model of torchvision (`resnet50`), of timm (`timm/convnext_tiny`), one of
-`cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, `efficientnet_lite0`, or a function or class of your own that makes a
-network (`package.module:name`, looked for in the current folder too). `model.weights` names pretrained weights or a
-file of them. The other arguments of `model` are the network's.
-Optimizers, schedulers, algorithms, callbacks and loggers are Composer's (and torch's optimizers) by their names in
-snake_case, with the arguments of their constructors.
+`cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, or `efficientnet_lite0`. `model.weights` names pretrained weights or a
+file of them. The other arguments of `model` are the network's. If you leave out `num_classes`, it is the number of the
+data's classes. Optimizers, schedulers, algorithms, callbacks and loggers are Composer's (and torch's optimizers) by
+their names in snake_case, with the arguments of their constructors. `package.module:name` in place of a name is
+[a part of your own](recipes.md#your-own-parts).
 """
 
 DATA = """\
@@ -75,7 +75,8 @@ def _datasets() -> Iterator[str]:
         arguments = [p for p in inspect.signature(dataset.open).parameters.values() if p.name != "train"]
         for argument in arguments:
             meaning = " ".join(described[argument.name].split()).replace("None:", "null:")
-            yield f"- `{argument.name}` ({_type(str(argument.annotation))}, `{_yaml(argument.default)}`): {meaning}"
+            default = "required" if argument.default is argument.empty else f"`{_yaml(argument.default)}`"
+            yield f"- `{argument.name}` ({_type(str(argument.annotation))}, {default}): {meaning}"
         if arguments:
             yield ""
 
@@ -89,6 +90,7 @@ def _recipes() -> Iterator[str]:
 
 def _type(annotation: str) -> str:
     names = {"dict[str, Any]": "mapping", "list[str]": "list", "int": "integer", "float": "number", "str": "string"}
+    annotation = re.sub(r"Literal\[(.*)\]", lambda match: match[1].replace(", ", " | "), annotation)
     parts = [part for part in annotation.split(" | ") if part != "None"]
     return " or ".join({"bool": "true or false"}.get(part, names.get(part, part)) for part in parts)
 

@@ -42,8 +42,15 @@ def train(folder: Path, *arguments: str, processes: int | None = None) -> subpro
     )
 
 
-def train_until(folder: Path, lines: int, stop: signal.Signals, *arguments: str, processes: int | None = None) -> str:
-    """Trains until metrics.jsonl of the digits run has so many lines, then sends a signal to all processes."""
+def train_until(
+    folder: Path,
+    lines: int,
+    stop: signal.Signals,
+    *arguments: str,
+    processes: int | None = None,
+    run_name: str = "digits",
+) -> str:
+    """Trains until metrics.jsonl of the run has so many lines, then sends a signal to all processes."""
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
             command(*arguments, processes=processes),
@@ -53,7 +60,7 @@ def train_until(folder: Path, lines: int, stop: signal.Signals, *arguments: str,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    metrics = folder / "runs" / "digits" / "metrics.jsonl"
+    metrics = folder / "runs" / run_name / "metrics.jsonl"
     deadline = time.monotonic() + 200
     while not metrics.exists() or metrics.read_text().count("\n") < lines:
         assert process.poll() is None, (folder / "output.txt").read_text()

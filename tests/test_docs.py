@@ -114,8 +114,9 @@ def test_yaml_block_is_a_recipe_or_a_part_of_one(
     from composer_se.recipe.validate import make_plan
 
     monkeypatch.chdir(tmp_path)
-    for split in ("train", "val"):
-        Path("photos", split).mkdir(parents=True)
+    for image in ("train/cat/1.jpg", "train/dog/1.jpg", "val/cat/2.jpg", "val/dog/2.jpg"):
+        Path("photos", image).parent.mkdir(parents=True)
+        Path("photos", image).touch()
     for _, code in blocks("python"):
         if file := re.match(r"# (\w+\.py)\n", code):
             Path(file[1]).write_text(code)

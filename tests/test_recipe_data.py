@@ -14,7 +14,8 @@ from composer.utils.misc import add_vision_dataset_transform
 from torchvision.transforms import ToTensor
 
 from composer_se.errors import UserError
-from composer_se.recipe.data import DATASETS, cifar10, digits, fashion_mnist, image_size, imagenet, synthetic
+from composer_se.recipe.data import DATASETS, image_size
+from composer_se.recipe.image_sets import cifar10, digits, fashion_mnist, imagenet, synthetic
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.trainer import build_parts
@@ -105,8 +106,35 @@ def test_fashion_mnist_reads_a_flat_folder_of_the_original_files(tmp_path: Path)
     seen = {tuple(plain.transform(image).flatten().tolist()) for _ in range(20)}
     assert len(seen) == 2  # as it is and mirrored
     assert len({tuple(padded.transform(image).flatten().tolist()) for _ in range(20)}) > 2
-    with pytest.raises(ValueError, match="padding must be 0 or more, got -1"):
-        fashion_mnist(train=True, root=str(tmp_path), padding=-1)
+    for wrong, message in (
+        ({"padding": -1}, "padding must be 0 or more, got -1"),
+        ({"image_size": 0}, "image_size must be 1 or more, got 0"),
+        ({"num_samples": 3}, "num_samples must be 1 to 2, got 3"),
+        ({"num_samples": 0}, "num_samples must be 1 to 2, got 0"),
+        ({"num_samples": 1, "train": False}, "num_samples is for training images"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fashion_mnist(**{"train": True, "root": str(tmp_path), **wrong})
+
+
+def test_fashion_mnist_is_brought_to_the_size_channels_and_scale_of_a_pretrained_network(tmp_path: Path) -> None:
+    pixels = np.stack([np.full((28, 28), value, dtype=np.uint8) for value in range(0, 250, 50)])
+    for prefix in ("train", "t10k"):
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(np.arange(5, dtype=np.uint8)))
+    data = fashion_mnist(train=True, root=str(tmp_path), padding=0, image_size=64, num_channels=3, num_samples=4)
+    items = [SeededImages(data.images, data.transform, seed=0)[index] for index in range(4)]
+    labels = [label for _, label in items]
+    assert len(set(labels)) == 4
+    assert labels != [0, 1, 2, 3]  # at random, but always the same
+    again = fashion_mnist(train=True, root=str(tmp_path), num_samples=2)
+    assert [again.images[index][1] for index in range(2)] == labels[:2]
+    for image, label in items:
+        assert image.shape == (3, 64, 64)
+        assert torch.allclose(image, torch.full((3, 64, 64), (50 * label - 127) / 128), atol=1e-6)
+    held_out = fashion_mnist(train=False, root=str(tmp_path), image_size=32)
+    assert SeededImages(held_out.images, held_out.transform, seed=0)[4][0].shape == (1, 32, 32)
+    assert len(held_out.images) == 5  # type: ignore[arg-type]
 
 
 def test_imagenet_reads_a_tree_of_image_files(tmp_path: Path) -> None:
@@ -138,18 +166,21 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, num_workers: int) 
 def test_folders_of_classes_that_number_them_differently_are_refused(tmp_path: Path) -> None:
     from PIL import Image
 
-    for folder in ("train/cat", "train/dog", "val/dog"):
+    for folder in ("one/train/cat", "one/train/dog", "two/val/dog", "two/val/owl"):
         (tmp_path / folder).mkdir(parents=True)
         Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "1.png")
-    data = f"{{name: imagenet, root: {tmp_path}, image_size: 16, num_workers: 0}}"
-    overrides = [f"train_dataset={data}", f"eval_dataset={data}", "model.in_channels=3", "train_batch_size=1"]
+    one, two = (f"{{name: imagenet, root: {tmp_path / root}, image_size: 16}}" for root in ("one", "two"))
+    overrides = [f"train_dataset={one}", f"eval_dataset={two}", "model.in_channels=3", "train_batch_size=1"]
     recipe = load_recipe("digits", overrides)
-    with pytest.raises(UserError, match="eval_dataset: its classes are not those of train_dataset .'cat' in one"):
+    with pytest.raises(
+        UserError, match="eval_dataset: its classes are not those of train_dataset .'cat', 'owl' in one"
+    ):
         build_parts(recipe, make_plan(recipe))
 
 
 def test_every_data_set_says_how_large_its_images_are() -> None:
     sizes = {name: image_size({"name": name}) for name in DATASETS}
+    assert None not in sizes.values()
     assert (sizes["digits"], sizes["fashion_mnist"], sizes["imagenet"]) == (8, 28, 224)
     assert image_size({"name": "streaming", "image_size": 160}) == 160
 
@@ -169,7 +200,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
     streaming = pytest.importorskip("streaming")
     from PIL import Image
 
-    from composer_se.recipe.data import streaming as streamed
+    from composer_se.recipe.image_sets import streaming as streamed
 
     rng = np.random.default_rng(0)
     with streaming.MDSWriter(out=str(tmp_path / "train"), columns={"x": "jpeg", "y": "int"}) as writer:

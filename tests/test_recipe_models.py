@@ -85,7 +85,7 @@ def test_networks_of_the_users_own_build_from_the_current_folder_with_their_argu
     ):
         with pytest.raises(UserError, match=message):
             build_network("a_network_of_mine:Net", **wrong)
-    with pytest.raises(UserError, match=r"model: a_network_of_mine:broken fails \(KeyError: 'weights'\)"):
+    with pytest.raises(UserError, match=r"model.name: a_network_of_mine:broken fails \(KeyError: 'weights'\)"):
         build_network("a_network_of_mine:broken")
     with pytest.raises(UserError, match=r"a_network_of_mine:no_network returned a int"):
         build_network("a_network_of_mine:no_network")

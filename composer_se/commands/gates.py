@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         metavar="NAME[:ROOT]",
-        help="data set whose held-out images are taken, and its folder (default: the recipe's eval_dataset)",
+        help="data set whose held-out images are taken, and its folder, or package.module:name of your own "
+        "(default: the recipe's eval_dataset)",
     )
     parser.add_argument(
         "--recipe", metavar="RECIPE", help="the recipe of a checkpoint that is not in a run's folder: a path or a name"
@@ -48,7 +49,8 @@ def run(args: argparse.Namespace) -> int:
     with progress_bar() as progress:
         analysis = analyse(trained.network, trained.batches, progress)
     title = f"Gates of {trained.name} on {analysis.num_images:,} images of {trained.data}"
-    classes = trained.classes or [str(k) for k in range(len(analysis.layers[0].by_class))]
+    outputs = len(analysis.layers[0].by_class)
+    classes = [*(trained.classes or ())[:outputs], *map(str, range(len(trained.classes or ()), outputs))]
     origin = {"name": trained.name, "checkpoint": str(trained.checkpoint), "data": trained.data}
     folder = args.out or (trained.run_folder or Path()) / "gates"
     with writing("--out", folder):

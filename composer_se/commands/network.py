@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from composer_se.errors import UserError
 
@@ -56,7 +53,7 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
         got = " and ".join(given) or "none"
         raise UserError(f"name one network, by --model NAME, --recipe RECIPE or package.module:factory; got {got}")
     if args.model is not None:
-        return NamedNetwork(args.model, _seeded(lambda: _build_model({"name": args.model})))
+        return NamedNetwork(args.model, _seeded(lambda: _build_model(args.model)))
     if args.recipe is not None:
         return _read_recipe(args.recipe)
     return NamedNetwork(args.factory, _seeded(_read_factory(args.factory)))
@@ -65,49 +62,33 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 def _read_recipe(name: str) -> NamedNetwork:
     from composer_se.recipe.data import image_size
     from composer_se.recipe.load import load_recipe
-    from composer_se.recipe.validate import squeeze_excite_options
+    from composer_se.recipe.models import without_weights
+    from composer_se.recipe.validate import plan_network, squeeze_excite_options
 
     recipe = load_recipe(name)
+    fresh = replace(recipe, model=without_weights(recipe.model))  # plan and cost don't depend on the weights
     return NamedNetwork(
         f"{recipe.model['name']} ({name})",
-        _seeded(lambda: _build_model(recipe.model)),
+        _seeded(plan_network(fresh).build),
         squeeze_excite_options(recipe),
         image_size(recipe.train_dataset),
     )
 
 
-def _build_model(section: Mapping[str, Any]) -> nn.Module:
-    from composer_se.recipe.models import build_network, without_weights
+def _build_model(name: str) -> nn.Module:
+    from composer_se.recipe.models import build_network
 
-    return build_network(**without_weights(section))  # plan and cost don't depend on them
+    return build_network(name)
 
 
 def _read_factory(spec: str) -> Callable[[], nn.Module]:
     from torch import nn
 
-    module_name, separator, attribute = spec.partition(":")
-    if not (module_name and separator and attribute):
+    from composer_se.recipe.own_parts import own_part
+
+    if not all(spec.partition(":")):
         raise UserError(f"{spec!r} is not of the form package.module:factory; to take a registered model, use --model")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the current folder by itself
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"{spec}: module {module_name!r} can't be imported: {error}") from error
-    factory = getattr(module, attribute, None)
-    if not callable(factory):
-        raise UserError(f"{spec}: module {module_name!r} has no function or class {attribute!r}")
-
-    def build() -> nn.Module:
-        try:
-            network = factory()
-        except Exception as error:
-            raise UserError(f"{spec}: calling it without arguments fails: {type(error).__name__}: {error}") from error
-        if not isinstance(network, nn.Module):
-            raise UserError(f"{spec}: returned a {type(network).__name__}, expected a torch.nn.Module")
-        return network
-
-    return build
+    return own_part(spec, "network", "a torch.nn.Module", lambda made: isinstance(made, nn.Module))
 
 
 def _seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

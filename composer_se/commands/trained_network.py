@@ -13,12 +13,14 @@ from torch import nn
 
 from composer_se.errors import UserError, one_line
 from composer_se.gates.observe import se_blocks
+from composer_se.recipe.data import DATASETS
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import Split
-from composer_se.recipe.models import without_weights
+from composer_se.recipe.models import with_num_classes, without_weights
+from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
-from composer_se.recipe.validate import RunPlan, make_plan
+from composer_se.recipe.validate import RunPlan, count_classes, make_plan
 
 __all__ = ["Trained", "load_trained"]
 
@@ -52,7 +54,8 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     Args:
         source: A run's folder, or a checkpoint. A checkpoint's recipe is `recipe.yaml` in its folder or the one above.
         recipe_name: The recipe of a checkpoint outside of a run's folder: a path, or a shipped recipe's name.
-        data: `NAME` or `NAME:ROOT` of the data set whose held-out images are taken. None: the recipe's `eval_dataset`.
+        data: `NAME`, `NAME:ROOT` or `package.module:name` of the data set whose held-out images are taken. None: the
+            recipe's `eval_dataset`.
         device: Where the network goes.
 
     Raises:
@@ -63,7 +66,10 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
         raise UserError(f"{source}: found no recipe.yaml beside or above it; name its recipe with --recipe")
     loaded = load_recipe(recipe_name or str(Path(run_folder or ".") / "recipe.yaml"))
     checkpoint = source if source.is_file() else _last_checkpoint(source, loaded)
-    recipe = _for_analysis(loaded, data)
+    classes = read_classes(run_folder) if run_folder and recipe_name is None else None
+    known = len(classes) if classes else None  # of a run from before classes.json: the network's default
+    outputs = known if recipe_name is None else count_classes(loaded)
+    recipe = _for_analysis(loaded, outputs, data)
     plan = make_plan(recipe)
     assert plan.eval_data is not None
     split: Split = plan.eval_data.images.build(train=False)
@@ -72,7 +78,9 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
         raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")
     loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, False)
     name = loaded.run_name if source.is_dir() else source.stem
-    return Trained(name, network, loader, recipe.train_dataset["name"], split.classes, checkpoint, run_folder)
+    return Trained(
+        name, network, loader, recipe.train_dataset["name"], split.classes or classes, checkpoint, run_folder
+    )
 
 
 def _run_folder(source: Path) -> Path | None:
@@ -96,18 +104,18 @@ def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
     return checkpoint
 
 
-def _for_analysis(recipe: Recipe, data: str | None) -> Recipe:
+def _for_analysis(recipe: Recipe, num_classes: int | None, data: str | None) -> Recipe:
     """The recipe without what only matters for training, and with the data to analyse as its only data."""
     section = dict(recipe.eval_dataset or {})
     if data is not None:
-        name, _, root = data.partition(":")
+        name, _, root = data.partition(":") if data.partition(":")[0] in DATASETS else (data, "", "")
         section = section if section.get("name") == name else {"name": name}
         section |= {"root": root} if root else {}
     elif not section:
         raise UserError("the recipe has no eval_dataset; name held-out data with --data NAME or --data NAME:ROOT")
     return dataclasses.replace(
         recipe,
-        model=without_weights(recipe.model),  # the checkpoint brings its own
+        model=with_num_classes(without_weights(recipe.model), num_classes),  # the checkpoint brings its own weights
         train_dataset=section,
         eval_dataset=section,
         callbacks={},

@@ -15,7 +15,7 @@ from typing import Any
 
 from composer_se.errors import UserError, did_you_mean, one_line
 
-__all__ = ["check_arguments", "construct", "type_hints"]
+__all__ = ["check_arguments", "construct", "signature", "type_hints"]
 
 
 def check_arguments(
@@ -38,7 +38,7 @@ def check_arguments(
     Raises:
         UserError: A name is unknown, a required one is missing, or a value can't be converted.
     """
-    parameters = _parameters(target)
+    parameters = signature(target).parameters
     named = {
         name: parameter
         for name, parameter in parameters.items()
@@ -91,10 +91,14 @@ def _argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
     return f".{blamed[0]}" if len(blamed) == 1 else ""
 
 
-def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+def signature(target: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a function or a class; any arguments where Python doesn't know it."""
     if inspect.isclass(target) and _inherits_catch_all(target):
-        return {}
-    return inspect.signature(target).parameters
+        return inspect.Signature()
+    try:
+        return inspect.signature(target)
+    except ValueError:  # of some builtins
+        return inspect.signature(lambda **any_arguments: None)
 
 
 def _inherits_catch_all(cls: type) -> bool:

@@ -1,12 +1,13 @@
-"""Finds a component's class by its name: all public classes of Composer, torch's optimizers, and ours."""
+"""Finds a component's class by its name: all public classes of Composer, torch's optimizers, ours, the user's."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import ModuleType
+from typing import Any
 
 import composer.algorithms
 import composer.callbacks
@@ -19,6 +20,7 @@ from composer.core import Algorithm, Callback
 from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError, did_you_mean
 from composer_se.gate_monitor import GateMonitor
+from composer_se.recipe.own_parts import own_part
 
 __all__ = ["components", "resolve"]
 
@@ -35,6 +37,15 @@ _SOURCES = {
     "loggers": ((composer.loggers,), composer.loggers.LoggerDestination),
     "optimizer": ((torch.optim, composer.optim), torch.optim.Optimizer),
     "scheduler": ((composer.optim,), composer.optim.ComposerScheduler),
+}
+
+# What a part of the user's own has to make.
+_EXPECTED = {
+    "algorithms": "a composer.Algorithm",
+    "callbacks": "a composer.Callback",
+    "loggers": "a composer.loggers.LoggerDestination",
+    "optimizer": "a torch.optim.Optimizer",
+    "scheduler": "a scheduler, called with (state, ssr)",
 }
 
 # A recipe may leave out what the section already says: `wandb` for `wandb_logger`.
@@ -61,18 +72,21 @@ def components(section: str) -> dict[str, type]:
     return found | _OURS.get(section, {})
 
 
-def resolve(section: str, name: str, path: str) -> type:
-    """The class that a name stands for.
+def resolve(section: str, name: str, path: str) -> Callable[..., Any]:
+    """The class that a name stands for, or a function that makes what the section needs.
 
     Args:
         section: As for `components`.
         name: The component's name. Underscores and a suffix that repeats the section don't matter:
-            `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`.
+            `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`. Or `package.module:name` of the
+            user's own.
         path: The key path of the name, for the message.
 
     Raises:
         UserError: No such component.
     """
+    if ":" in name:
+        return own_part(name, path, _EXPECTED[section], lambda made: _fits(made, section))
     known = components(section)
     by_spelling = {}
     for canonical, cls in known.items():
@@ -84,6 +98,17 @@ def resolve(section: str, name: str, path: str) -> type:
         hint = "; every number is in RUN_FOLDER/metrics.jsonl without any logger" if section == "loggers" else ""
         raise UserError(f"{path}: unknown {singular} {name!r}{did_you_mean(name, known)}{hint}")
     return by_spelling[wanted]
+
+
+def _fits(made: Any, section: str) -> bool:
+    """Says that an object can be used in a section; a scheduler is anything that can be called as one."""
+    if section != "scheduler":
+        return isinstance(made, _SOURCES[section][1])
+    try:
+        inspect.signature(made).bind("state", 1.0)
+    except (TypeError, ValueError):  # it can't be called, or not with these
+        return False
+    return True
 
 
 def _public_classes(module: ModuleType) -> Iterable[type]:

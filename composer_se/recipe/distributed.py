@@ -22,8 +22,8 @@ T = TypeVar("T")
 
 def join_processes(recipe: Recipe) -> None:
     """Gives this process its threads, and lets the processes of a launch talk to each other."""
-    batch = recipe.train_batch_size // dist.get_world_size()
-    threads = threads_for(batch * image_size(recipe.train_dataset) ** 2)
+    batch, size = recipe.train_batch_size // dist.get_world_size(), image_size(recipe.train_dataset)
+    threads = threads_for(batch * size**2) if size else None  # None: one for each core of this process
     if threads is not None:
         torch.set_num_threads(threads)
     if dist.get_world_size() > 1:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
-import sys
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +19,10 @@ from torch import Tensor, nn
 from composer_se.errors import UserError, did_you_mean, one_line
 from composer_se.recipe.arguments import check_arguments, construct, type_hints
 from composer_se.recipe.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
+from composer_se.recipe.own_parts import own_part
 from composer_se.recipe.weights import load_weights, read_weights
 
-__all__ = ["build_network", "check_network", "network_names", "without_weights"]
+__all__ = ["build_network", "check_network", "network_names", "with_num_classes", "without_weights"]
 
 
 def build_network(name: str, **kwargs: Any) -> nn.Module:
@@ -74,6 +72,20 @@ def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
     named = _named_weights(section["name"]).get(str(section.get("weights")))
     fresh = {key: value for key, value in (("weights", None), ("pretrained", False)) if key in section}
     return {**(named.arguments if named else {}), **section, **fresh}
+
+
+def with_num_classes(section: Mapping[str, Any], count: int | None) -> dict[str, Any]:
+    """Adds `num_classes` to the `model` section of a recipe if the network takes it and the section leaves it out.
+
+    Args:
+        section: The section.
+        count: The number of classes. None: the network's default.
+    """
+    argument = inspect.signature(_fresh_builder(section["name"])).parameters.get("num_classes")
+    if argument is None or "num_classes" in section:
+        return {**section}
+    count = argument.default if count is None else count
+    return {**section} if count is argument.empty else {**section, "num_classes": count}
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,7 @@ def _with_weights(builder: Callable[..., nn.Module], named: Mapping[str, _NamedW
 
 def _fresh_builder(name: str) -> Callable[..., nn.Module]:
     if ":" in name:
-        return _users_builder(name)
+        return own_part(name, "model.name", "a torch.nn.Module", lambda made: isinstance(made, nn.Module))
     if name in _CIFAR:
         return _cifar_builder(name, _CIFAR[name])
     if name.startswith("timm/"):
@@ -151,35 +163,6 @@ def _cifar_builder(name: str, depth: int) -> Callable[..., nn.Module]:
         return CIFARResNet(depth, num_classes, in_channels)
 
     build.__name__ = name
-    return build
-
-
-def _users_builder(name: str) -> Callable[..., nn.Module]:
-    module_name, _, attribute = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the current folder by itself
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module does when it is imported
-        raise UserError(
-            f"model.name: {name}: module {module_name!r} can't be imported ({type(error).__name__}: {one_line(error)})"
-        ) from error
-    factory: Any = getattr(module, attribute, None)
-    if not (inspect.isfunction(factory) or inspect.isclass(factory)):
-        raise UserError(f"model.name: {name}: module {module_name!r} has no function or class {attribute!r}")
-
-    def build(**kwargs: Any) -> nn.Module:
-        try:
-            network = factory(**kwargs)
-        except Exception as error:
-            raise UserError(f"model: {name} fails ({type(error).__name__}: {one_line(error)})") from error
-        if not isinstance(network, nn.Module):
-            raise UserError(f"model.name: {name} returned a {type(network).__name__}, expected a torch.nn.Module")
-        return network
-
-    build.__name__ = name
-    build.__signature__ = inspect.signature(factory)  # type: ignore[attr-defined]
-    build.__annotations__ = type_hints(factory)
     return build
 
 

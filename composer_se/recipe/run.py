@@ -23,7 +23,15 @@ from composer_se.recipe.checkpoints import (
 )
 from composer_se.recipe.distributed import SameBuffers, from_rank_zero, join_processes
 from composer_se.recipe.metrics import MetricsFile
-from composer_se.recipe.run_folder import check_unchanged, metrics_file, read_finished, write_recipe, write_summary
+from composer_se.recipe.run_folder import (
+    check_classes,
+    check_unchanged,
+    metrics_file,
+    read_finished,
+    write_classes,
+    write_recipe,
+    write_summary,
+)
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, make_plan, squeeze_excite_options
@@ -121,6 +129,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     loggers = [component.build() for component in plan.loggers]
     weights = read_plain_weights(recipe.load_path)
     parts = build_parts(recipe, plan)
+    from_rank_zero(lambda: check_classes(recipe, parts.classes))
 
     metrics = MetricsFile(metrics_file(recipe))
     options = {key: getattr(recipe, key) for key in keys("trainer")}
@@ -156,6 +165,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
         raise
     if dist.get_global_rank() == 0:
         write_recipe(recipe)
+        write_classes(recipe, parts.classes)
     return trainer, metrics
 
 

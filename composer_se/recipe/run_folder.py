@@ -1,6 +1,7 @@
 """The files of a run folder, and how a later run of the same name resumes from them.
 
 RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
+RUN_FOLDER/classes.json    the names of the classes in the order of their numbers, where they are known
 RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
 RUN_FOLDER/summary.json    written when the run is complete
 RUN_FOLDER/report.html     written then too, by the command: all of this to look at
@@ -22,7 +23,17 @@ from composer_se.files import replace_file
 from composer_se.recipe.load import as_yaml, load_recipe
 from composer_se.recipe.schema import Recipe, free_to_change
 
-__all__ = ["check_unchanged", "describe_changes", "metrics_file", "read_finished", "write_recipe", "write_summary"]
+__all__ = [
+    "check_classes",
+    "check_unchanged",
+    "describe_changes",
+    "metrics_file",
+    "read_classes",
+    "read_finished",
+    "write_classes",
+    "write_recipe",
+    "write_summary",
+]
 
 
 def metrics_file(recipe: Recipe) -> Path:
@@ -70,6 +81,28 @@ def check_unchanged(recipe: Recipe) -> None:
         )
 
 
+def read_classes(run_folder: Path) -> list[str] | None:
+    """The names of the classes that a run was trained on; None where they are not known."""
+    path = run_folder / "classes.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def check_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
+    """Refuses to continue a run on data with other classes, whose numbers mean something else.
+
+    Raises:
+        UserError: The run is complete or has a checkpoint, and was trained on other classes.
+    """
+    before = read_classes(Path(recipe.run_folder))
+    if before and classes and before != [*classes] and _is_under_way(recipe):
+        odd = sorted({*before} ^ {*classes})
+        how = f"{odd[0]!r} is in one of them only" if odd else "their order is another"
+        raise UserError(
+            f"train_dataset: its classes are not those that the run in {recipe.run_folder} began with ({how}); choose "
+            "another name (run_name=...), or restore the data"
+        )
+
+
 def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Sequence[str]) -> str:
     """Lists the differences that make a recipe another one.
 
@@ -92,6 +125,12 @@ def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Seque
 def write_recipe(recipe: Recipe) -> None:
     """Writes the resolved recipe. For rank zero."""
     replace_file(Path(recipe.run_folder) / "recipe.yaml", as_yaml(recipe))
+
+
+def write_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
+    """Writes the names of the classes if they are known. For rank zero."""
+    if classes is not None:
+        replace_file(Path(recipe.run_folder) / "classes.json", json.dumps([*classes], indent=2) + "\n")
 
 
 def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:

@@ -55,6 +55,7 @@ class Parts:
         scheduler: Of its learning rate, or None.
         train_loader: This process's share of the training data; None where nothing is trained.
         eval_loader: Its share of the held-out data, or None.
+        classes: The names of the training data's classes, or None.
     """
 
     network: nn.Module
@@ -64,6 +65,7 @@ class Parts:
     scheduler: Callable[..., float] | None = None
     train_loader: DataLoader | None = None
     eval_loader: DataLoader | None = None
+    classes: Sequence[str] | None = None
 
 
 def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
@@ -95,7 +97,8 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
         )
     outputs = count_outputs(network, plan, splits["train_dataset"])
     _check_classes(outputs, recipe.model["name"], splits)
-    return Parts(network, outputs, algorithms, optimizer, scheduler, train_loader, eval_loader)
+    classes = splits["train_dataset"].classes
+    return Parts(network, outputs, algorithms, optimizer, scheduler, train_loader, eval_loader, classes)
 
 
 def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train: bool, pin_memory: bool) -> DataLoader:

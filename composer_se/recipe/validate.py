@@ -6,6 +6,7 @@ Nothing is built here: no weights, no data, no file.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import math
 import os
@@ -22,11 +23,18 @@ from composer_se.errors import UserError, did_you_mean
 from composer_se.options import SqueezeExciteOptions
 from composer_se.recipe.arguments import check_arguments, construct
 from composer_se.recipe.components import resolve
-from composer_se.recipe.data import find_dataset
-from composer_se.recipe.models import check_network
+from composer_se.recipe.data import DataSet, find_dataset
+from composer_se.recipe.models import check_network, with_num_classes
 from composer_se.recipe.schema import Recipe
 
-__all__ = ["Component", "RunPlan", "make_plan", "squeeze_excite_options"]
+__all__ = [
+    "Component",
+    "RunPlan",
+    "count_classes",
+    "make_plan",
+    "plan_network",
+    "squeeze_excite_options",
+]
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,16 @@ def make_plan(recipe: Recipe) -> RunPlan:
     _check_durations(recipe)
     _check_numbers(recipe)
     plan = RunPlan(
-        model=_plan_model(recipe.model),
+        model=plan_network(recipe),
         train_data=_plan_data("train_dataset", recipe.train_dataset),
         eval_data=_plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
-        optimizer=_plan_named("optimizer", recipe.optimizer, supplied=("params",)),
+        optimizer=_plan_named("optimizer", recipe.optimizer, supplied=1),
         scheduler=_plan_named("scheduler", recipe.scheduler) if recipe.scheduler else None,
         algorithms=_plan_section("algorithms", recipe.algorithms),
         callbacks=_plan_section("callbacks", recipe.callbacks),
         loggers=_plan_section("loggers", recipe.loggers),
     )
+    _check_same_split(recipe)
     _check_warmup(recipe, plan.scheduler)
     _advise_identity(recipe, plan)
     for logger in plan.loggers:
@@ -101,30 +110,74 @@ def make_plan(recipe: Recipe) -> RunPlan:
     return plan
 
 
-def _plan_model(section: dict[str, Any]) -> Component:
+def plan_network(recipe: Recipe) -> Component:
+    """The network of a recipe. Where the recipe leaves out `num_classes`, it is the number of the training data.
+
+    Raises:
+        UserError: Naming the key by its full path.
+    """
+    section = with_num_classes(recipe.model, count_classes(recipe))
     return Component("model", *check_network(section["name"], _without(section, "name")))
 
 
-def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+def count_classes(recipe: Recipe) -> int | None:
+    """The number of classes of the training data; None where it can't be known before the data is read.
+
+    Raises:
+        UserError: The data set or its arguments are wrong.
+    """
+    dataset, arguments = _check_dataset("train_dataset", recipe.train_dataset)
+    return dataset.count_classes(arguments)
+
+
+def _check_dataset(path: str, section: dict[str, Any]) -> tuple[DataSet, dict[str, Any]]:
+    """The data set of a section with its checked arguments."""
     dataset = find_dataset(section["name"], f"{path}.name")
+    given = _without(section, "name", "num_workers")
+    return dataset, check_arguments(dataset.open, given, path, supplied=("train",))
+
+
+def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+    dataset, arguments = _check_dataset(path, section)
     loading = {key: value for key, value in section.items() if key == "num_workers"}
     num_workers = check_arguments(_loader_arguments, loading, path).get("num_workers")
     if num_workers is not None and num_workers < 0:
         raise UserError(f"{path}.num_workers: expected 0 or more, got {num_workers}")
-    arguments = check_arguments(dataset.open, _without(section, "name", "num_workers"), path, supplied=("train",))
     fault = dataset.find_fault(path == "train_dataset", arguments)
     if fault:
         raise UserError(f"{path}.{fault[0]}: {fault[1]}")
     return DataPlan(Component(path, dataset.open, arguments), num_workers)
 
 
+def _check_same_split(recipe: Recipe) -> None:
+    """Both splits of one data set are divided alike, or images would be in both of them."""
+    ours, theirs = recipe.train_dataset, recipe.eval_dataset or {}
+    if ours["name"] != theirs.get("name") or not _is_same_place(ours.get("root"), theirs.get("root")):
+        return
+    dataset = find_dataset(ours["name"], "train_dataset.name")
+    for name in dataset.shared:
+        default = inspect.signature(dataset.open).parameters[name].default
+        here, there = (section.get(name, default) for section in (ours, theirs))
+        if here != there:
+            raise UserError(
+                f"eval_dataset.{name}: is {there!r}, but {here!r} in train_dataset; set both alike, or images would "
+                "be in both of them"
+            )
+
+
+def _is_same_place(ours: Any, theirs: Any) -> bool:
+    return os.path.realpath(str(ours)) == os.path.realpath(str(theirs))
+
+
 def _loader_arguments(num_workers: int | None = None) -> None:
     """The signature of what every data set takes beside its own arguments."""
 
 
-def _plan_named(section: str, content: dict[str, Any], supplied: tuple[str, ...] = ()) -> Component:
+def _plan_named(section: str, content: dict[str, Any], supplied: int = 0) -> Component:
+    """A component by its name; so many of its first arguments are not the recipe's."""
     target = resolve(section, content["name"], f"{section}.name")
-    return Component(section, target, check_arguments(target, _without(content, "name"), section, supplied))
+    first = tuple(inspect.signature(target).parameters)[:supplied]
+    return Component(section, target, check_arguments(target, _without(content, "name"), section, first))
 
 
 def _plan_section(section: str, content: dict[str, Any] | None) -> list[Component]:

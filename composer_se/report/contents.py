@@ -7,7 +7,9 @@ from typing import Any
 from composer_se.report.picture import Series, line_plot
 from composer_se.show.text import duration
 
-__all__ = ["cost", "curves", "gates_after_training", "gates_in_training", "outcome"]
+__all__ = ["classes", "cost", "curves", "gates_after_training", "gates_in_training", "outcome"]
+
+_MOST_CLASSES = 100
 
 Lines = list[dict[str, Any]]
 Content = dict[str, Any]
@@ -36,6 +38,12 @@ def outcome(summary: Content | None) -> dict[str, str]:
         **({"of these trained": f"{trained:,} ({trained / total:.2%})"} if trained < total else {}),
         "wall time": duration(summary["wall_seconds"]),
     }
+
+
+def classes(names: list[str] | None) -> str:
+    """The names of the classes, of many the first."""
+    shown, more = (names or [])[:_MOST_CLASSES], len(names or []) - _MOST_CLASSES
+    return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
 
 
 def curves(lines: Lines) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from composer_se.files import replace_file
 from composer_se.planning import Plan, plan
 from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import build_network, without_weights
+from composer_se.recipe.models import with_num_classes, without_weights
+from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
-from composer_se.recipe.validate import squeeze_excite_options
+from composer_se.recipe.validate import plan_network, squeeze_excite_options
 from composer_se.report import contents
 
 __all__ = ["write_report"]
@@ -41,17 +42,19 @@ def write_report(run_folder: Path) -> Path:
     if not recipe_file.is_file():
         raise UserError(f"{run_folder}: no run folder, it holds no recipe.yaml")
     recipe = load_recipe(str(recipe_file))
+    classes = read_classes(run_folder)
     lines = _read_lines(run_folder / "metrics.jsonl")
     gates = run_folder / "gates"
     html = _template().render(
         title=recipe.run_name,
         outcome=contents.outcome(_read_json(run_folder / "summary.json")),
+        classes=contents.classes(classes),
         curves=contents.curves(lines),
         gates_in_training=contents.gates_in_training(lines),
         gates_after_training=contents.gates_after_training(
             _read_json(gates / "gates.json"), _as_data_url(gates / "gates.png")
         ),
-        plan=_plan(recipe),
+        plan=_plan(recipe, len(classes) if classes else None),
         cost=contents.cost(_read_json(run_folder / "cost.json")),
         recipe=recipe_file.read_text(),
     )
@@ -85,11 +88,12 @@ def _as_data_url(path: Path) -> str | None:
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def _plan(recipe: Recipe) -> Plan | None:
+def _plan(recipe: Recipe, num_classes: int | None) -> Plan | None:
     """The plan of SE on the recipe's network, or None where it has none."""
     options = squeeze_excite_options(recipe)
     if options is None:
         return None
+    model = with_num_classes(without_weights(recipe.model), num_classes)
     with torch.device("meta"):  # shapes are all that is needed
-        network = build_network(**without_weights(recipe.model))
+        network = plan_network(replace(recipe, model=model)).build()
     return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))

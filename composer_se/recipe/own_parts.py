@@ -1,0 +1,62 @@
+"""Parts of the user's own by name: `package.module:name`, looked for in the current folder too."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from composer_se.errors import UserError, did_you_mean, one_line
+from composer_se.recipe.arguments import signature, type_hints
+
+__all__ = ["own_part"]
+
+
+def own_part(name: str, path: str, expected: str, fits: Callable[[Any], bool]) -> Callable[..., Any]:
+    """Imports a function or class of the user's.
+
+    Args:
+        name: `package.module:name`.
+        path: The key path of the name, for the messages.
+        expected: What it has to make, for the message.
+        fits: Says that it made that.
+
+    Returns:
+        A function with the signature of the user's. It raises a `UserError` where the user's fails or makes something
+        else.
+
+    Raises:
+        UserError: The module can't be imported, or holds no such function or class.
+    """
+    module_name, _, attribute = name.partition(":")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the current folder by itself
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's module does when it is imported
+        raise UserError(
+            f"{path}: {name}: module {module_name!r} can't be imported ({type(error).__name__}: {one_line(error)})"
+        ) from error
+    make: Any = getattr(module, attribute, None)
+    if not callable(make):
+        own = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(
+            f"{path}: {name}: module {module_name!r} has no function or class {attribute!r}"
+            f"{did_you_mean(attribute, own)}"
+        )
+
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        try:
+            made = make(*args, **kwargs)
+        except Exception as error:  # whatever the user's function does
+            raise UserError(f"{path}: {name} fails ({type(error).__name__}: {one_line(error)})") from error
+        if not fits(made):
+            raise UserError(f"{path}: {name} returned a {type(made).__name__}, expected {expected}")
+        return made
+
+    checked.__name__ = name
+    checked.__signature__ = signature(make)  # type: ignore[attr-defined]
+    checked.__annotations__ = type_hints(make)
+    return checked
