@@ -73,7 +73,7 @@ def fold_constant_gates(
 
 
 def _scaled(
-    name: str, wrapper: SqueezeExciteConv2d, gates: Tensor, users: Counter[Tensor | None]
+    name: str, wrapper: SqueezeExciteConv2d, gates: Tensor, users: Counter[nn.Parameter | None]
 ) -> list[tuple[Tensor, Tensor]]:
     """The parameters of the layer inside a wrapper that take its gates, each with its factor."""
     layer = wrapper.conv
