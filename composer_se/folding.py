@@ -83,7 +83,9 @@ def _scaled(
         raise ValueError(f"gates: {name} has {layer.out_channels} channels, but gates of shape {tuple(gates.shape)}")
     if not gates.isfinite().all():
         raise ValueError(f"gates: those of {name} are not all finite numbers")
-    parameters = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    parameters = [
+        parameter for parameter in (layer._parameters["weight"], layer._parameters["bias"]) if parameter is not None
+    ]
     if any(users[parameter] > 1 for parameter in parameters):
         raise ValueError(f"gates: {name} shares its weights with another layer, which its gates must not scale")
     gates = gates.detach()

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         )
     machine = describe_machine(device)  # with the load before we put our own on it
     (deciding, num_deciding), (reporting, num_reporting) = halves(trained.batches)
-    with progress_bar() as progress:
+    with progress_bar(in_lines=True) as progress:
         progress("averaging the gates", 0, 0)
         means, reasons = mean_gates(trained.network, deciding)
         points = find_curve(trained.network, means, deciding, reporting, progress)

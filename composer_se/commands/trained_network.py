@@ -55,7 +55,8 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     """Loads a run's last checkpoint, or a given one, into the network of its recipe.
 
     Args:
-        source: A run's folder, one that `composer-se slim` wrote, or a checkpoint or weights. A checkpoint's recipe is `recipe.yaml` in its folder or the one above.
+        source: A run's folder, one that `composer-se slim` wrote, or a file of either: a checkpoint or weights. The
+            recipe of a file is `recipe.yaml` in its folder or the one above.
         recipe_name: The recipe of a checkpoint outside of a run's folder: a path, or a shipped recipe's name.
         data: `NAME` or `NAME:ROOT` of the data set whose held-out images are taken. None: the recipe's `eval_dataset`.
         device: Where the network goes.

@@ -12,7 +12,7 @@ __all__ = ["draw"]
 
 _CAPTION = (
     "From above to below the gates of one block more are fixed at their means and multiplied into its layer, the least "
-    "costly first. Left: the change of the accuracy. The hollow images decided the order; the filled ones decided "
+    "costly first. Left: the change of the accuracy, hollow on the images that decided, filled on those that decided "
     "nothing, with 95 % intervals. Right: the time of a forward pass over that with all blocks. The dashed line is the "
     "network that was written: the fewest blocks with which the deciding images lose at most the tolerance."
 )
@@ -27,7 +27,8 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
     """
     points, chosen, blocks = found["points"], found["chosen"], found["blocks"]
     rows = range(len(points))
-    figure = new_figure(9, 0.19 * len(points) + 2.6)
+    height = 0.19 * len(points)
+    figure = new_figure(9, height + 2.6)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_accuracy(left, points, found)
     for batch_size, colour, marker in zip(found["latency"], COLOURS, MARKERS, strict=False):
@@ -44,7 +45,7 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
     for axis in (left, right):
         style(axis, grid="x")
         axis.axhline(chosen, color=BLACK, linewidth=1, linestyle="--")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize="small")
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), frameon=False, fontsize="small", ncols=3)
     names = [f"{point['fixed'] or 'all blocks'}  {blocks - row:>2}" for row, point in enumerate(points)]
     left.set_yticks(rows, names, fontsize="x-small")
     left.set_ylim(len(points) - 0.5, -0.5)
@@ -55,10 +56,10 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def _draw_accuracy(axis: Any, points: list[dict[str, Any]], found: Mapping[str, Any]) -> None:
-    rows = range(len(points))
+    rows = range(1, len(points))
     axis.axvline(0, color=GREY, linewidth=1)
     axis.axvline(-found["tolerance"], color=GREY, linewidth=1, linestyle=":", label=f"tolerance {found['tolerance']:g}")
-    deciding, reporting = ([point[half]["change"] for point in points] for half in ("deciding", "reporting"))
+    deciding, reporting = ([point[half]["change"] for point in points[1:]] for half in ("deciding", "reporting"))
     axis.plot(
         [100 * change["value"] for change in deciding],
         rows,
@@ -67,7 +68,7 @@ def _draw_accuracy(axis: Any, points: list[dict[str, Any]], found: Mapping[str, 
         markersize=4,
         markerfacecolor="white",
         linestyle="none",
-        label="images that decided",
+        label="deciding",
     )
     axis.errorbar(
         [100 * change["value"] for change in reporting],
@@ -78,7 +79,7 @@ def _draw_accuracy(axis: Any, points: list[dict[str, Any]], found: Mapping[str, 
         markersize=4,
         linestyle="none",
         capsize=2,
-        label="images that decided nothing",
+        label="others",
     )
     accuracy = points[0]["reporting"]["accuracy"]
     axis.set(xlabel="change of the accuracy, percentage points", title=f"Accuracy, against {accuracy:.2%}")
