@@ -94,11 +94,12 @@ def _run_folder(source: Path) -> Path | None:
 
 def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
     # First where the run is now, then where it was when it was trained.
-    folders = (run_folder / "checkpoints", Path(recipe.save_folder))
-    paths = (*(folder / LATEST for folder in folders), run_folder / WEIGHTS)
+    paths = (run_folder / "checkpoints" / LATEST, run_folder / WEIGHTS, Path(recipe.save_folder) / LATEST)
     checkpoint = next((path for path in paths if os.path.lexists(path)), None)
     if checkpoint is None:
-        raise UserError(f"{run_folder}: found no {LATEST} in {' or '.join(map(str, folders))}; name a checkpoint")
+        raise UserError(
+            f"{run_folder}: found no {LATEST} in {paths[0].parent} or {paths[-1].parent}; name a checkpoint"
+        )
     return checkpoint
 
 
