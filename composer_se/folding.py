@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from composer_se.errors import did_you_mean
-from composer_se.functional import check_optimizers, take_out_blocks
-from composer_se.modules import SqueezeExciteConv2d
+from composer_se.functional import take_out_blocks
 from composer_se.selection import check_not_wrapped
+from composer_se.surgery import check_optimizers
+from composer_se.wrapper import SqueezeExcited
 
 __all__ = ["fold_constant_gates"]
 
@@ -37,8 +39,9 @@ def fold_constant_gates(
     Raises:
         TypeError: If the model is wrapped in DDP or FSDP.
         ValueError: If a name is not that of a layer with a block, two names are of the same layer, gates have another
-            shape or are not finite, a layer has no weight of its own that could take the gates, or an optimizer holds
-            none of the model's parameters. The model and the optimizers are as before.
+            shape or are not finite, a layer has no weight that could take the gates (a norm without affine parameters),
+            shares its weight or standardises it, or an optimizer holds none of the model's parameters. The model and
+            the optimizers are as before.
 
     Example:
         >>> import torch
@@ -51,11 +54,10 @@ def fold_constant_gates(
     check_not_wrapped(model)
     check_optimizers(model, optimizers)
     modules = model.named_modules(remove_duplicate=False)
-    wrappers = {name: module for name, module in modules if isinstance(module, SqueezeExciteConv2d)}
+    wrappers = {name: module for name, module in modules if isinstance(module, SqueezeExcited)}
     users = Counter(parameter for module in model.modules() for parameter in module._parameters.values())
-    chosen: dict[str, SqueezeExciteConv2d] = {}
-    scales: list[tuple[Tensor, Tensor]] = []
-    for name, given in gates.items():
+    chosen: dict[str, SqueezeExcited] = {}
+    for name in gates:
         if name not in wrappers:
             raise ValueError(f"gates: no layer {name!r} with Squeeze-and-Excitation{did_you_mean(name, wrappers)}")
         if not name:
@@ -64,29 +66,48 @@ def fold_constant_gates(
         if twin is not None:
             raise ValueError(f"gates: {twin} and {name} are the same layer; name it once")
         chosen[name] = wrappers[name]
-        scales += _scaled(name, wrappers[name], torch.as_tensor(given), users)
+    scales = {name: torch.as_tensor(given).detach() for name, given in gates.items()}
+    for name, wrapper in chosen.items():
+        _check(name, wrapper.layer, scales[name])
+        if any(users[parameter] > 1 for parameter in _weight_and_bias(wrapper.layer)):
+            raise ValueError(f"gates: {name} shares its weights with another layer, which its gates must not scale")
     bare = take_out_blocks(model, chosen, optimizers)
-    with torch.no_grad():
-        for parameter, scale in scales:
-            parameter.mul_(scale)
+    for name, layer in bare.items():
+        _scale(layer, scales[name])
     return bare
 
 
-def _scaled(
-    name: str, wrapper: SqueezeExciteConv2d, gates: Tensor, users: Counter[nn.Parameter | None]
-) -> list[tuple[Tensor, Tensor]]:
-    """The parameters of the layer inside a wrapper that take its gates, each with its factor."""
-    layer = wrapper.conv
-    if not isinstance(layer, nn.Conv2d) or layer._parameters.get("weight") is None:
+def _weight_and_bias(layer: nn.Module) -> list[nn.Parameter]:
+    found = (layer._parameters.get(name) for name in ("weight", "bias"))
+    return [parameter for parameter in found if parameter is not None]
+
+
+@torch.no_grad()
+def _scale(layer: nn.Module, gates: Tensor) -> None:
+    for parameter in _weight_and_bias(layer):
+        parameter.mul_(gates.to(parameter).view(-1, *[1] * (parameter.ndim - 1)))
+
+
+def _check(name: str, layer: nn.Module, gates: Tensor) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
         raise ValueError(f"gates: {name} is a {type(layer).__name__} without a plain weight to multiply its gates into")
-    if gates.shape != (layer.out_channels,):
-        raise ValueError(f"gates: {name} has {layer.out_channels} channels, but gates of shape {tuple(gates.shape)}")
+    if gates.shape != weight.shape[:1]:
+        raise ValueError(f"gates: {name} has {len(weight)} channels, but gates of shape {tuple(gates.shape)}")
     if not gates.isfinite().all():
         raise ValueError(f"gates: those of {name} are not all finite numbers")
-    parameters = [
-        parameter for parameter in (layer._parameters["weight"], layer._parameters["bias"]) if parameter is not None
-    ]
-    if any(users[parameter] > 1 for parameter in parameters):
-        raise ValueError(f"gates: {name} shares its weights with another layer, which its gates must not scale")
-    gates = gates.detach()
-    return [(parameter, gates.to(parameter).view(-1, *[1] * (parameter.ndim - 1))) for parameter in parameters]
+    if not _output_follows(layer, gates):
+        raise ValueError(f"gates: {name} is a {type(layer).__name__}, whose output does not grow with its weight")
+
+
+@torch.no_grad()
+def _output_follows(layer: nn.Module, gates: Tensor) -> bool:
+    """Tries on random maps whether gates in the weight scale the output, as they would not if it were standardised."""
+    layer = copy.deepcopy(layer).cpu().double().eval()
+    kernels = zip(getattr(layer, "kernel_size", (1,)), getattr(layer, "dilation", (1,)), strict=True)
+    size = max(2 + dilation * (kernel - 1) for kernel, dilation in kernels)
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, getattr(layer, "in_channels", len(gates)), size, size, generator=generator).double()
+    expected = layer(maps) * gates.cpu().double().view(-1, 1, 1)
+    _scale(layer, gates.cpu())
+    return torch.allclose(layer(maps), expected)

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD
 
 from composer_se import SqueezeExciteConv2d, apply_squeeze_excite, fold_constant_gates
+from composer_se.wrapper import SqueezeExcited
 
 IMAGES = torch.randn(4, 3, 8, 8, dtype=torch.float64)
 
@@ -24,6 +25,13 @@ CONVS: dict[str, dict[str, Any]] = {
 }
 
 
+NORMS = {
+    "batch norm": nn.BatchNorm2d(8),
+    "group norm": nn.GroupNorm(2, 8),
+    "instance norm": nn.InstanceNorm2d(8, affine=True),
+}
+
+
 def network(**of_conv: Any) -> nn.Sequential:
     conv = nn.Conv2d(8, 8, 3, padding=1, **of_conv)
     model = nn.Sequential(nn.Conv2d(3, 8, 1), conv, nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4))
@@ -31,10 +39,17 @@ def network(**of_conv: Any) -> nn.Sequential:
     return model.double()
 
 
-def make_constant(wrapper: SqueezeExciteConv2d) -> Tensor:
+def network_with_block_behind(norm: nn.Module) -> nn.Sequential:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), copy.deepcopy(norm), nn.ReLU())
+    apply_squeeze_excite(model, 4, 8, placement="norm")
+    return model.double()
+
+
+def make_constant(wrapper: SqueezeExcited) -> Tensor:
     """Makes the gates of a block constant by its weights, and returns them."""
-    nn.init.zeros_(wrapper.se.pool_and_mlp["4"].weight)
-    return torch.full((wrapper.conv.out_channels,), 0.5, dtype=torch.float64)
+    weight = wrapper.se.pool_and_mlp["4"].weight
+    nn.init.zeros_(weight)
+    return torch.full(weight.shape[:1], 0.5, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("of_conv", CONVS.values(), ids=CONVS)
@@ -48,6 +63,60 @@ def test_outputs_stay_where_gates_are_constant(of_conv: dict[str, Any], training
     assert model[1] is conv
     assert model[0] is kept
     torch.testing.assert_close(model(IMAGES), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_stay_where_gates_behind_a_norm_are_constant(norm: nn.Module, training: bool) -> None:
+    model = network_with_block_behind(norm).train(training)
+    torch.nn.init.uniform_(model[1].norm.weight)
+    torch.nn.init.uniform_(model[1].norm.bias)
+    gates = make_constant(model[1])
+    expected = copy.deepcopy(model)(IMAGES)
+    bare = fold_constant_gates(model, {"1": gates})
+    assert bare == {"1": model[1]}
+    assert type(model[1]) is type(norm)
+    torch.testing.assert_close(model(IMAGES), expected, rtol=1e-12, atol=1e-12)
+    assert list(apply_squeeze_excite(model, 4, 8)) == ["0"]  # which has no mark any more
+
+
+def test_gates_of_a_block_that_starts_at_identity_are_what_scales() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3))
+    apply_squeeze_excite(model, 4, 8, init="identity")
+    expected = model(IMAGES.float())
+    fold_constant_gates(model, {"0": torch.ones(8)})
+    assert torch.equal(model(IMAGES.float()), expected)
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.weight / self.weight.norm(), self.bias)
+
+
+class ActivatedNorm(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.silu(super().forward(input))
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        (ActivatedNorm(8), "1 is a ActivatedNorm, whose output does not grow with its weight"),
+        (nn.BatchNorm2d(8, affine=False), "1 is a BatchNorm2d without a plain weight"),
+    ],
+)
+def test_norm_that_can_not_take_the_gates_is_refused(norm: nn.Module, message: str) -> None:
+    model = network_with_block_behind(norm)
+    with pytest.raises(ValueError, match=message):
+        fold_constant_gates(model, {"1": torch.full((8,), 0.5)})
+    assert isinstance(model[1], SqueezeExcited)
+
+
+def test_conv_that_standardises_its_weight_is_refused() -> None:
+    model = nn.Sequential(StandardisedConv(3, 8, 3))
+    apply_squeeze_excite(model, 4, 8)
+    with pytest.raises(ValueError, match="0 is a StandardisedConv, whose output does not grow with its weight"):
+        fold_constant_gates(model, {"0": torch.full((8,), 0.5)})
 
 
 def test_each_channel_is_scaled_by_its_own_gate() -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
+import io
 import json
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -21,20 +24,23 @@ from torch.nn.utils import fuse_conv_bn_eval, parametrizations
 from torch.utils.data import DataLoader, TensorDataset
 from two_process_gates import small_network
 
-from composer_se import SqueezeExciteConv2d, apply_squeeze_excite
+from composer_se import apply_squeeze_excite, fold_constant_gates
 from composer_se.cli import main
 from composer_se.commands.trained_network import load_trained
 from composer_se.errors import UserError
 from composer_se.measure import timing
 from composer_se.measure.uncertainty import change_of_share
+from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network
-from composer_se.slim import latency
+from composer_se.slim import latency, search
 from composer_se.slim.images import halves
+from composer_se.slim.output import slim_recipe
 from composer_se.slim.search import Point, Score, find_curve, fold_first, mean_gates, most_fixed
+from composer_se.wrapper import SqueezeExcited
 
 Batches = list[tuple[Tensor, Tensor]]
 FILES = ["recipe.yaml", "slim.json", "slim.png", "weights.pt"]
-MATTERING = ["stage3.1.conv2", "stage3.2.conv1"]
+CPU = torch.device("cpu")
 BLOCKS = [f"stage3.{block}.conv{conv}" for block in range(3) for conv in (1, 2)]
 
 
@@ -90,7 +96,7 @@ def test_least_costly_block_goes_first_and_each_point_is_the_folded_network(
     assert [point.fixed for point in points] == [None, *sorted(single, key=single.__getitem__)]
     for count, point in enumerate(points):
         folded = fold_first(network, means, points, count)
-        assert sum(isinstance(module, SqueezeExciteConv2d) for module in folded.modules()) == 2 - count
+        assert sum(isinstance(module, SqueezeExcited) for module in folded.modules()) == 2 - count
         assert point.parameters == sum(parameter.numel() for parameter in folded.parameters())
         assert point.deciding.accuracy == pytest.approx(loss_and_accuracy(folded, batches)[1])
         accuracy = loss_and_accuracy(folded, batches[:1])[1]
@@ -129,34 +135,47 @@ def test_halves_are_always_the_same_and_share_no_image(workers: int) -> None:
 # ---- the command
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "ROUNDS", 2)
-    monkeypatch.setattr(timing, "MOST_STEPS", 3)
-
-
-@pytest.fixture(scope="module")
-def run(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run in which two of six blocks matter."""
-    run = Path(shutil.copytree(digits_run, tmp_path_factory.mktemp("slim") / "digits", symlinks=True))
-    checkpoint = run / "checkpoints" / "latest-rank0.pt"
-    content = torch.load(checkpoint, weights_only=False)
-    for name in MATTERING:
-        content["state"]["model"][f"module.{name}.se.pool_and_mlp.4.weight"] *= 50
-    torch.save(content, checkpoint)
-    return run
-
-
-@pytest.fixture(scope="module")
-def slimmed(run: Path) -> Path:
-    """The folder that the command wrote for it."""
-    before = checksums(run)
+def slim(run: Path, *options: str) -> int:
+    """The command with little timing, where four of six blocks can go."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "ROUNDS", 2)
         patch.setattr(timing, "MOST_STEPS", 3)
-        assert main(["slim", str(run), "--tolerance", "2", "--device", "cpu"]) == 0
-    assert {name: sum_ for name, sum_ in checksums(run).items() if not name.startswith("slim/")} == before
-    return run / "slim"
+        patch.setattr(search, "most_fixed", lambda points, tolerance: 4)
+        return main(["slim", str(run), "--device", "cpu", *options])
+
+
+@dataclass(frozen=True)
+class Slimmed:
+    run: Path
+    folder: Path
+    output: str
+
+
+def slimmed(run: Path, folder: Path) -> Slimmed:
+    before = checksums(run)
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        assert slim(run, "--out", str(folder)) == 0
+    assert checksums(run) == before
+    return Slimmed(run, folder, output.getvalue())
+
+
+@pytest.fixture(scope="module")
+def behind_convs(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
+    return slimmed(digits_run, tmp_path_factory.mktemp("convs") / "out")
+
+
+@pytest.fixture(scope="module")
+def behind_norms(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
+    """Of weights whose blocks have started at identity, behind norms."""
+    run = tmp_path_factory.mktemp("norms")
+    shutil.copy(digits_run / "recipe.yaml", run)
+    options = {"latent_channels": 64, "min_channels": 64, "placement": "norm", "init": "identity"}
+    change_recipe(run, "algorithms", {"squeeze_excite": options})
+    network = build_network("cifar_resnet20", in_channels=1)
+    for wrapper in apply_squeeze_excite(network, **options).values():
+        nn.init.normal_(wrapper.se.pool_and_mlp["4"].weight)
+    torch.save(network.state_dict(), run / "weights.pt")
+    return slimmed(run, tmp_path_factory.mktemp("norms") / "out")
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -164,76 +183,80 @@ def checksums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def reloaded(slimmed: Path) -> nn.Module:
-    return load_trained(slimmed, None, None, torch.device("cpu")).network
+def reloaded(behind_convs: Slimmed) -> nn.Module:
+    return load_trained(behind_convs.folder, None, None, torch.device("cpu")).network
 
 
-def test_command_writes_a_network_with_fewer_blocks_and_says_what_was_gained(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], quick: None
-) -> None:
-    assert main(["slim", str(run), "--tolerance", "100", "--out", str(tmp_path / "out")]) == 0
-    out = capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
-    found = json.loads((tmp_path / "out" / "slim.json").read_text())
-    assert found["num_images"] == {"deciding": 180, "reporting": 180}
-    assert found["blocks"] == found["chosen"] == 6
-    assert sorted(point["fixed"] for point in found["points"][1:]) == BLOCKS
-    assert found["latency"].keys() == {"1", "16"}
-    assert all({"0", "6"} <= by_count.keys() for by_count in found["latency"].values())
-    assert "squeeze_excite" not in (tmp_path / "out" / "recipe.yaml").read_text()
-    assert all(word in out for word in ("keeps 0 of 6 blocks", "parameters", "latency, batch 16", "decided nothing"))
-    assert max(map(len, out.split("Written:")[0].splitlines())) <= 80
-
-
-def test_what_is_written_is_the_folded_network(run: Path, slimmed: Path) -> None:
-    found = json.loads((slimmed / "slim.json").read_text())
-    kept = [name for name in BLOCKS if name not in {p["fixed"] for p in found["points"][: found["chosen"] + 1]}]
-    assert {*kept} & {*MATTERING}
-    trained, network = load_trained(run, None, None, torch.device("cpu")), reloaded(slimmed)
-    names = [name for name, module in network.named_modules() if isinstance(module, SqueezeExciteConv2d)]
-    assert names == kept
+@pytest.mark.parametrize("placement", ["behind_convs", "behind_norms"])
+def test_what_is_written_is_the_folded_network(placement: str, request: pytest.FixtureRequest) -> None:
+    slimmed: Slimmed = request.getfixturevalue(placement)
+    assert sorted(path.name for path in slimmed.folder.iterdir()) == FILES
+    found = json.loads((slimmed.folder / "slim.json").read_text())
+    names = [point["fixed"] for point in found["points"]]
+    layers = BLOCKS if placement == "behind_convs" else [name.replace("conv", "bn") for name in BLOCKS]
+    assert sorted(names[1:]) == layers
+    trained, network = load_trained(slimmed.run, None, None, CPU), load_trained(slimmed.folder, None, None, CPU).network
+    assert {name for name, module in network.named_modules() if isinstance(module, SqueezeExcited)} == {*names[5:]}
     (deciding, _), (reporting, _) = halves(trained.batches)
     means, _ = mean_gates(trained.network, deciding)
-    gone = [Point(p["fixed"], 0, None, None) for p in found["points"]]
-    expected = fold_first(trained.network, means, gone, found["chosen"])
+    expected = copy.deepcopy(trained.network)
+    fold_constant_gates(expected, {name: means[name] for name in names[1:5]})
     images, _ = next(iter(reporting))
     assert torch.equal(network(images), expected(images))
     accuracy = loss_and_accuracy(network, list(reporting))[1]
-    assert found["points"][found["chosen"]]["reporting"]["accuracy"] == pytest.approx(accuracy)
+    assert found["points"][4]["reporting"]["accuracy"] == pytest.approx(accuracy)
 
 
-def test_what_is_written_exports_and_its_norms_fold_again(slimmed: Path) -> None:
-    network = reloaded(slimmed)
+def test_command_says_what_was_gained(behind_norms: Slimmed) -> None:
+    found = json.loads((behind_norms.folder / "slim.json").read_text())
+    assert found["num_images"] == {"deciding": 180, "reporting": 180}
+    assert found["latency"].keys() == {"1", "16"}
+    assert all({"0", "4", "6"} <= by_count.keys() for by_count in found["latency"].values())
+    said = ("keeps 2 of 6 blocks", "parameters", "latency, batch 16", "180 held-out images that decided nothing")
+    assert all(words in " ".join(behind_norms.output.split()) for words in said)
+    assert max(map(len, behind_norms.output.split("Written:")[0].splitlines())) <= 80
+
+
+def test_network_without_any_block_left_has_no_algorithm(digits_run: Path) -> None:
+    recipe = load_recipe(str(digits_run / "recipe.yaml"))
+    algorithms = slim_recipe(recipe, build_network("cifar_resnet20"), Path("out")).algorithms
+    assert algorithms is not None
+    assert "squeeze_excite" not in algorithms
+    assert recipe.algorithms is not None
+    assert "squeeze_excite" in recipe.algorithms
+
+
+def test_what_is_written_exports_and_its_norms_fold_again(behind_convs: Slimmed) -> None:
+    network = load_trained(behind_convs.folder, None, None, CPU).network
     images = torch.randn(2, 1, 8, 8)
     exported = torch.export.export(network, (images,)).module()
     torch.testing.assert_close(exported(images), network(images))
     expected = network(images)
     bare = network.get_submodule("stage1.0")
-    bare.conv1, bare.norm1 = fuse_conv_bn_eval(bare.conv1, bare.norm1), nn.Identity()
+    bare.conv1, bare.bn1 = fuse_conv_bn_eval(bare.conv1, bare.bn1), nn.Identity()
     torch.testing.assert_close(network(images), expected)
 
 
 def test_what_is_written_trains_on_and_is_looked_at(
-    slimmed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    behind_convs: Slimmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     still = ["max_duration=1ba", "optimizer.lr=0", "optimizer.weight_decay=0", "scheduler=null", "eval_dataset=null"]
     folder = [f"run_folder={tmp_path / 'on'}", f"save_folder={tmp_path / 'on' / 'checkpoints'}"]
-    assert main(["train", str(slimmed / "recipe.yaml"), *still, *folder]) == 0
+    assert main(["train", str(behind_convs.folder / "recipe.yaml"), *still, *folder]) == 0
     state = torch.load(tmp_path / "on" / "checkpoints" / "latest-rank0.pt", weights_only=False)["state"]["model"]
-    weights = torch.load(slimmed / "weights.pt")
+    weights = torch.load(behind_convs.folder / "weights.pt")
     assert {name.removeprefix("module.") for name in state} == weights.keys()
     assert torch.equal(state["module.fc.weight"], weights["fc.weight"])
-    assert main(["gates", str(slimmed), "--out", str(tmp_path)]) == 0
+    assert main(["gates", str(behind_convs.folder), "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.launch
 def test_killed_and_started_again_it_ends_with_the_same_result(
-    run: Path, slimmed: Path, tmp_path: Path, quick: None
+    digits_run: Path, behind_convs: Slimmed, tmp_path: Path
 ) -> None:
-    run = Path(shutil.copytree(run, tmp_path / "digits", symlinks=True, ignore=shutil.ignore_patterns("slim")))
-    untouched = checksums(run)
-    command = [sys.executable, "-m", "composer_se.cli", "slim", str(run), "--tolerance", "2", "--device", "cpu"]
+    run = Path(shutil.copytree(digits_run, tmp_path / "digits", symlinks=True))
+    command = [sys.executable, "-m", "composer_se.cli", "slim", str(run), "--device", "cpu"]
     with (tmp_path / "progress.txt").open("w") as output:
         process = subprocess.Popen(command, env=environment(), stderr=output)
     deadline = time.monotonic() + 200
@@ -243,11 +266,11 @@ def test_killed_and_started_again_it_ends_with_the_same_result(
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
-    assert checksums(run) == untouched
-    assert main(command[3:]) == 0
-    assert (run / "slim" / "weights.pt").read_bytes() == (slimmed / "weights.pt").read_bytes()
-    again, before = (json.loads((folder / "slim.json").read_text()) for folder in (run / "slim", slimmed))
-    assert (again["points"], again["chosen"]) == (before["points"], before["chosen"])
+    assert checksums(run) == checksums(digits_run)
+    assert slim(run) == 0
+    assert (run / "slim" / "weights.pt").read_bytes() == (behind_convs.folder / "weights.pt").read_bytes()
+    again, before = (json.loads((folder / "slim.json").read_text()) for folder in (run / "slim", behind_convs.folder))
+    assert again["points"] == before["points"]
 
 
 def damage(run: Path) -> None:

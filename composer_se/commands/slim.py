@@ -21,7 +21,7 @@ __all__ = ["add_arguments", "run"]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of `composer-se slim`."""
-    parser.add_argument("source", metavar="RUN", type=Path, help="a run's folder, or a checkpoint (.pt) in one")
+    parser.add_argument("source", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--tolerance",
         metavar="POINTS",
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             Nothing was written.
     """
     tolerance = _read_tolerance(args.tolerance)
+    if args.source.is_file():
+        raise UserError(f"{args.source}: expected a run's folder, got a file")
 
     import warnings
     from dataclasses import asdict
@@ -83,7 +85,6 @@ def run(args: argparse.Namespace) -> int:
         chosen = most_fixed(points, tolerance)
         images, _ = next(iter(reporting))
         latency = measure_latencies(trained.network, means, points, chosen, images.to(device), progress)
-    gone = {point.fixed for point in points[: chosen + 1]}
     found = {
         "name": trained.name,
         "checkpoint": str(trained.checkpoint),
@@ -97,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
         "latency": {str(size): {str(k): times for k, times in by.items()} for size, by in latency.items()},
         "machine": asdict(machine),
     }
-    folder = args.out or (trained.run_folder or Path()) / "slim"
-    recipe = slim_recipe(trained.recipe, [n for n in (*means, *reasons) if n not in gone], folder)
-    written = write(folder, recipe, fold_first(trained.network, means, points, chosen), found)
+    folder = args.out or args.source / "slim"
+    network = fold_first(trained.network, means, points, chosen)
+    written = write(folder, slim_recipe(trained.recipe, network, folder), network, found)
     console = Console()
     print_slimming(found, console)
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)

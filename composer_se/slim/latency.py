@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from composer_se.measure.steps import inference_step
 from composer_se.measure.timing import time_in_turns
+from composer_se.show.terminal import Progress, counted
 from composer_se.slim.search import Point, fold_first
 
 __all__ = ["BATCH_SIZES", "measure_latencies"]
@@ -26,7 +27,7 @@ def measure_latencies(
     points: Sequence[Point],
     chosen: int,
     images: Tensor,
-    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+    advance: Progress,
 ) -> dict[int, dict[int, list[float]]]:
     """Times the network at some points of the curve: all blocks, none, the chosen number, and some between them.
 
@@ -36,7 +37,7 @@ def measure_latencies(
         points: The curve.
         chosen: The number of fixed blocks that is timed in any case.
         images: Some images, (N, C, H, W), on the network's device.
-        advance: Called with the task, the batch sizes done and their number.
+        advance: Called after each visit.
 
     Returns:
         By batch size and number of fixed blocks, the seconds of a forward pass in every round.
@@ -44,17 +45,16 @@ def measure_latencies(
     last = len(points) - 1
     counts = sorted({chosen, *torch.linspace(0, last, min(_SHOWN, last + 1)).round().int().tolist()})
     networks = {str(count): fold_first(network, means, points, count) for count in counts}
+    visited = counted(advance, ROUNDS * len(networks) * len(BATCH_SIZES))
     found = {}
     for batch_size in BATCH_SIZES:
         batch = images[torch.arange(batch_size) % len(images)]
-        advance(f"timing inference, batch {batch_size}", BATCH_SIZES.index(batch_size), len(BATCH_SIZES))
         seconds = time_in_turns(
             {count: [partial(inference_step, folded, batch, nullcontext)] for count, folded in networks.items()},
             rounds=ROUNDS,
             device=images.device,
             seed=0,
-            leave=lambda name, instance: None,
-            visited=lambda: None,
+            visited=partial(visited, f"timing inference, batch {batch_size}"),
         )
         found[batch_size] = {int(count): times for count, [times] in seconds.items()}
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +14,33 @@ from torch import nn
 from composer_se.files import replace_file
 from composer_se.recipe.checkpoints import WEIGHTS
 from composer_se.recipe.load import as_yaml
+from composer_se.recipe.models import without_weights
 from composer_se.recipe.schema import Recipe
+from composer_se.selection import following_norms
 from composer_se.show.text import to_json
 from composer_se.slim.picture import draw
+from composer_se.wrapper import SqueezeExcited
 
 __all__ = ["slim_recipe", "write"]
 
 
-def slim_recipe(recipe: Recipe, kept: Sequence[str], folder: Path) -> Recipe:
+def slim_recipe(recipe: Recipe, network: nn.Module, folder: Path) -> Recipe:
     """The recipe of the network with the blocks that are left, which starts from its weights.
 
     Args:
         recipe: The original one. Its run folder with "-slim" at the end is the new one's.
-        kept: The convs that keep their blocks.
+        network: Without the blocks that went.
         folder: The folder of the weights.
     """
+    kept = _convs_with_block(network)
     algorithms = dict(recipe.algorithms or {})
     section = algorithms.pop("squeeze_excite")
     if kept:
-        algorithms["squeeze_excite"] = {**section, "include": list(kept)}
+        algorithms["squeeze_excite"] = {**section, "include": kept}
     run_folder = f"{recipe.run_folder}-slim"
     return dataclasses.replace(
         recipe,
-        model={key: value for key, value in recipe.model.items() if key not in ("weights", "pretrained")},
+        model=without_weights(recipe.model),
         algorithms=algorithms,
         run_name=f"{recipe.run_name}-slim",
         run_folder=run_folder,
@@ -45,6 +49,13 @@ def slim_recipe(recipe: Recipe, kept: Sequence[str], folder: Path) -> Recipe:
         load_strict_model_weights=True,
         load_ignore_keys=None,
     )
+
+
+def _convs_with_block(network: nn.Module) -> list[str]:
+    """The names in the plain network of the convs that have a block, behind them or behind the norm that follows."""
+    names = {module: name for name, module in network.named_modules()}
+    norms = {norm: conv for conv, norm in following_norms(network).items() if isinstance(conv, nn.Conv2d)}
+    return [names[norms.get(module, module)] for module in names if isinstance(module, SqueezeExcited)]
 
 
 def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, Any]) -> list[Path]:

@@ -73,8 +73,7 @@ def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor],
     counts: Counter[str] = Counter()
 
     def see(name: str, logits: Tensor) -> None:
-        limit: Any = getattr(blocks[name], "gate_limit", 1.0)
-        gates = torch.sigmoid(logits.reshape(-1, logits.shape[-1]).cpu().double()) * limit
+        gates = blocks[name].gate_limit * torch.sigmoid(logits.reshape(-1, logits.shape[-1]).cpu().double())
         sums[name] = sums.get(name, 0) + gates.sum(0)
         counts[name] += len(gates)
 
