@@ -13,7 +13,7 @@ import argparse
 import math
 from pathlib import Path
 
-from composer_se.commands.device import add_device_argument, read_device
+from composer_se.commands.options import add_device_argument, read_device
 from composer_se.errors import UserError
 
 __all__ = ["add_arguments", "run"]
