@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility reference format cost study claims gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost study claims slim gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -58,6 +58,16 @@ claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop
 	    --out docs/results/claims/randaugment-compute-bound $(RANDAUGMENT_ARMS)
 	$(COMPARE) fashion_mnist_resnet8 --seeds 0 --out docs/results/claims/selective-backprop-speed $(SELECTIVE_ARMS)
 	$(COMPARE) digits --seeds 5 --out docs/results/claims/selective-backprop $(SELECTIVE_ARMS)
+	$(BIN)/python docs/write_tables.py
+
+# FASHION_MNIST: where the data are, or are downloaded to.
+FASHION_MNIST ?= data
+slim: $(VENV)/dev.stamp ## train a ResNet-20 with SE on all convs, slim it, write docs/slim.md: an hour on two quiet cores
+	$(BIN)/composer-se train fashion_mnist run_name=slim max_duration=8ep $(ALL_CONVS) \
+	    train_dataset.root=$(FASHION_MNIST)
+	$(BIN)/composer-se slim runs/slim --data fashion_mnist:$(FASHION_MNIST)
+	cp runs/slim/slim/slim.json docs/results/slim-fashion-mnist.json
+	cp runs/slim/slim/slim.png docs/slim-fashion-mnist.png
 	$(BIN)/python docs/write_tables.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

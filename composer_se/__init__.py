@@ -11,6 +11,7 @@ from composer_se.registration import register_algorithm
 if TYPE_CHECKING:
     from composer_se import functional, surgery
     from composer_se.algorithm import SqueezeExcite
+    from composer_se.folding import fold_constant_gates
     from composer_se.functional import apply_squeeze_excite, remove_squeeze_excite
     from composer_se.gate_monitor import GateMonitor
     from composer_se.modules import SqueezeExcite2d, SqueezeExciteConv2d
@@ -28,6 +29,7 @@ __all__ = [
     "SqueezeExciteNorm2d",
     "SqueezeExciteOptions",
     "apply_squeeze_excite",
+    "fold_constant_gates",
     "functional",
     "plan",
     "remove_squeeze_excite",
@@ -50,6 +52,7 @@ _MODULES = {
     "SqueezeExciteNorm2d": "composer_se.norm_module",
     "SqueezeExciteOptions": "composer_se.options",
     "apply_squeeze_excite": "composer_se.functional",
+    "fold_constant_gates": "composer_se.folding",
     "plan": "composer_se.planning",
     "remove_squeeze_excite": "composer_se.functional",
     "train_only": "composer_se.trainable",

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train a recipe in this process",
     "plan": "show which layers SE would change, and why",
     "gates": "show what the gates of a trained network do, and which layers need them",
+    "slim": "take out the blocks that a trained network can do without",
     "report": "write a run's report.html anew",
     "cost": "measure what SE costs on a model and this machine",
     "compare": "train with and without SE, and say whether the difference is real",

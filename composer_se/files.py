@@ -26,7 +26,7 @@ def writing(path: Path) -> Iterator[None]:
         raise failed_write(path, error, path.parent) from error
 
 
-def replace_file(path: Path, text: str) -> None:
+def replace_file(path: Path, content: str | bytes) -> None:
     """Writes a file such that it is, whatever happens, either the new one or the one before.
 
     Raises:
@@ -36,7 +36,7 @@ def replace_file(path: Path, text: str) -> None:
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text)
+            temporary.write_bytes(content.encode() if isinstance(content, str) else content)
             temporary.replace(path)
         except OSError:
             temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 from torch.optim import Optimizer
@@ -125,14 +125,21 @@ def remove_squeeze_excite(
         raise ValueError(
             f"The model is itself a {type(model).__name__}, which can't be replaced in place. Take model.{model.inner}."
         )
-    names = {module: name for name, module in model.named_modules() if isinstance(module, SqueezeExcited)}
-    bare: dict[nn.Module, nn.Module] = {wrapper: wrapper.layer for wrapper in names}
+    wrappers = {name: module for name, module in model.named_modules() if isinstance(module, SqueezeExcited)}
+    return take_out_blocks(model, wrappers, optimizers)
+
+
+def take_out_blocks(
+    model: nn.Module, wrappers: Mapping[str, SqueezeExcited], optimizers: Optimizer | Sequence[Optimizer] | None
+) -> dict[str, nn.Module]:
+    """Replaces these wrappers, given by qualified name, by the layers inside. Returns the layers by the same names."""
+    bare: dict[nn.Module, nn.Module] = {wrapper: wrapper.layer for wrapper in wrappers.values()}
     marked = [*bare.values(), *(module for module, norm in following_norms(model).items() if norm in bare)]
-    surgery.replace_module_classes(model, {SqueezeExcited: lambda wrapper, _: bare[wrapper]}, optimizers)
+    surgery.replace_module_classes(model, {SqueezeExcited: lambda wrapper, _: bare.get(wrapper)}, optimizers)
     # Another algorithm may have put the conv into a wrapper of its own since.
     for module in (part for layer in marked for part in layer.modules()):
         mark_as_squeeze_excited(module, False)
-    return {name: bare[wrapper] for wrapper, name in names.items()}
+    return {name: bare[wrapper] for name, wrapper in wrappers.items()}
 
 
 def _warn_of_no_conv(model: nn.Module, selection: Selection) -> None:

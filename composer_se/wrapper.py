@@ -43,7 +43,7 @@ class SqueezeExcited(nn.Module):
         except AttributeError:
             # Not self.layer, which would come back here while the module is being unpickled.
             layer = self.__dict__.get("_modules", {}).get(self.inner)
-            if layer is None:
+            if layer is None or name.startswith("__"):  # its own __deepcopy__, which parametrised modules have
                 raise
             return getattr(layer, name)
 

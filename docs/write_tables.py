@@ -17,10 +17,12 @@ from typing import Any
 from composer_se.measure.machine import Machine
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 from composer_se.show.text import markdown_table
+from composer_se.slim.table import sentences, summary_rows
 
 DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
+SLIM = RESULTS / "slim-fashion-mnist.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
@@ -126,6 +128,8 @@ def pages() -> dict[Path, str]:
     }
     if "layers" in cost:
         tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
+    if SLIM.is_file():
+        tables[DOCS / "slim.md"] = {"slim": slim_table(json.loads(SLIM.read_text()))}
     filled = {}
     for page, of_page in tables.items():
         filled[page] = page.read_text()
@@ -175,6 +179,21 @@ def claims_table(folder: Path) -> str:
             f"{len(accuracies['SE'])} seeds.",
             "",
             f"SE on all convs; {machine.cpu}, {machine.cpus} CPUs; torch {machine.torch}; {machine.system}.",
+        ]
+    )
+
+
+def slim_table(found: dict[str, Any]) -> str:
+    """What slimming brought, its conditions, and the picture."""
+    return "\n".join(
+        [
+            *markdown_table(["", "before", "after", "change"], summary_rows(found)),
+            "",
+            " ".join(sentences(found)),
+            "",
+            f"ResNet-20 with SE on all convs, 8 epochs of Fashion-MNIST; {Machine(**found['machine'])}.",
+            "",
+            "![Accuracy and latency against the number of blocks left](slim-fashion-mnist.png)",
         ]
     )
 

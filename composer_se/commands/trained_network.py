@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from composer_se.errors import UserError, one_line
 from composer_se.gates.observe import se_blocks
+from composer_se.recipe.checkpoints import LATEST, WEIGHTS, check_whole
 from composer_se.recipe.data import DATASETS
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.loaders import Split
@@ -21,6 +24,7 @@ from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, count_classes, make_plan
+from composer_se.recipe.weights import LoadedWeights, read_plain_weights
 
 __all__ = ["Trained", "load_trained"]
 
@@ -32,27 +36,30 @@ class Trained:
     Attributes:
         name: Of the run or the checkpoint.
         network: In evaluation mode, on its device.
-        batches: Yields (images, labels); can be gone through again.
+        batches: Yields (images, labels).
         data: Name of the data set.
         classes: Names of the classes, or None where only their numbers are known.
         checkpoint: Where the weights come from.
         run_folder: The run's folder, or None for a checkpoint outside of one.
+        recipe: Of the run.
     """
 
     name: str
     network: nn.Module
-    batches: Iterable[Any]
+    batches: DataLoader
     data: str
     classes: Sequence[str] | None
     checkpoint: Path
     run_folder: Path | None
+    recipe: Recipe
 
 
 def load_trained(source: Path, recipe_name: str | None, data: str | None, device: torch.device) -> Trained:
     """Loads a run's last checkpoint, or a given one, into the network of its recipe.
 
     Args:
-        source: A run's folder, or a checkpoint. A checkpoint's recipe is `recipe.yaml` in its folder or the one above.
+        source: A run's folder, one that `composer-se slim` wrote, or a file of either: a checkpoint or weights. The
+            recipe of a file is `recipe.yaml` in its folder or the one above.
         recipe_name: The recipe of a checkpoint outside of a run's folder: a path, or a shipped recipe's name.
         data: `NAME`, `NAME:ROOT` or `package.module:name` of the data set whose held-out images are taken. None: the
             recipe's `eval_dataset`.
@@ -66,6 +73,7 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
         raise UserError(f"{source}: found no recipe.yaml beside or above it; name its recipe with --recipe")
     loaded = load_recipe(recipe_name or str(Path(run_folder or ".") / "recipe.yaml"))
     checkpoint = source if source.is_file() else _last_checkpoint(source, loaded)
+    check_whole(checkpoint)
     classes = read_classes(run_folder) if run_folder and recipe_name is None else None
     known = len(classes) if classes else None  # of a run from before classes.json: the network's default
     outputs = known if recipe_name is None else count_classes(loaded)
@@ -78,9 +86,8 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
         raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")
     loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, False)
     name = loaded.run_name if source.is_dir() else source.stem
-    return Trained(
-        name, network, loader, recipe.train_dataset["name"], split.classes or classes, checkpoint, run_folder
-    )
+    data_name = recipe.train_dataset["name"]
+    return Trained(name, network, loader, data_name, split.classes or classes, checkpoint, run_folder, loaded)
 
 
 def _run_folder(source: Path) -> Path | None:
@@ -95,11 +102,11 @@ def _run_folder(source: Path) -> Path | None:
 
 def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
     # First where the run is now, then where it was when it was trained.
-    folders = (run_folder / "checkpoints", Path(recipe.save_folder))
-    checkpoint = next((path for folder in folders if (path := folder / "latest-rank0.pt").exists()), None)
+    paths = (run_folder / "checkpoints" / LATEST, run_folder / WEIGHTS, Path(recipe.save_folder) / LATEST)
+    checkpoint = next((path for path in paths if os.path.lexists(path)), None)
     if checkpoint is None:
         raise UserError(
-            f"{run_folder}: found no latest-rank0.pt in {' or '.join(map(str, folders))}; name a checkpoint"
+            f"{run_folder}: found no {LATEST} in {paths[0].parent} or {paths[-1].parent}; name a checkpoint"
         )
     return checkpoint
 
@@ -130,11 +137,14 @@ def _for_analysis(recipe: Recipe, num_classes: int | None, data: str | None) -> 
 def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -> nn.Module:
     network = plan.model.build()
     parts = Parts(network, count_outputs(network, plan, split), build_algorithms(plan))
+    weights = read_plain_weights(str(checkpoint))
+    if weights is not None:
+        parts.algorithms.append(LoadedWeights(weights, str(checkpoint), strict=True, ignored=()))
     try:
         # The Trainer applies the recipe's algorithms, some of which change the network, before it loads the weights.
         trainer = make_trainer(
             parts,
-            load_path=str(checkpoint),
+            load_path=str(checkpoint) if weights is None else None,
             load_weights_only=True,
             load_strict_model_weights=True,
             progress_bar=False,

@@ -6,8 +6,7 @@ layers are much the same for all classes, those of deep ones depend on the class
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 
 from composer_se.errors import UserError
 from composer_se.gates.observe import GateStatistics, describe, gate_terms, observe_logits, se_blocks
-from composer_se.measure.uncertainty import Interval
+from composer_se.measure.uncertainty import Interval, change_of_share
 
-__all__ = ["Ablation", "Analysis", "LayerGates", "analyse"]
+__all__ = ["Ablation", "Analysis", "LayerGates", "analyse", "on_device"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def analyse(
     total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
     sums: dict[str, Tensor] = {}
     right: list[Tensor] = []
-    for done, (images, labels) in enumerate(_on_device(batches, device)):
+    for done, (images, labels) in enumerate(on_device(batches, device)):
         terms = _observe(network, blocks, images, labels, right)
         for name, (found, num_classes) in terms.items():
             by_class = found.new_zeros(num_classes, found.shape[1]).index_add_(0, _repeated(labels, found), found)
@@ -95,7 +94,7 @@ def analyse(
     shares = {name: _channel_means(s.sum(0)) / blocks[name].gate_limit for name, s in sums.items()}
     fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}
     right_fixed: dict[str, list[Tensor]] = {name: [] for name in sums}
-    for done, (images, labels) in enumerate(_on_device(batches, device)):
+    for done, (images, labels) in enumerate(on_device(batches, device)):
         for name, logits in fixed.items():
             right_fixed[name].append(_with_fixed_gate(network, blocks[name], logits, images, labels))
         advance("fixing one layer at a time", total + done + 1, 2 * total)
@@ -104,7 +103,12 @@ def analyse(
     return Analysis(layers, float(verdicts.double().mean()), len(verdicts))
 
 
-def _on_device(batches: Iterable[Any], device: torch.device) -> Iterable[tuple[Tensor, Tensor]]:
+def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of batches on a device.
+
+    Raises:
+        UserError: The labels are no class numbers.
+    """
     for images, labels in batches:
         if labels.ndim != 1 or labels.is_floating_point():
             raise UserError(f"--data: the labels have shape {tuple(labels.shape)}; expected one class number per image")
@@ -148,15 +152,8 @@ def _channel_means(sums: Tensor) -> Tensor:
 
 
 def _compare(before: Tensor, after: Tensor) -> Ablation:
-    """The change of the accuracy, with the interval of Agresti and Min (2005) for paired shares.
-
-    It adds half an image to each outcome, so that it says what n images can't show even where none of them changes.
-    """
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    change = (gained - lost) / len(before)
-    n = len(before) + 2
-    half = 1.96 * math.sqrt(lost + gained + 1 - (gained - lost) ** 2 / n) / n
-    return Ablation(float(after.double().mean()), Interval(change, change - half, change + half))
+    return Ablation(float(after.double().mean()), change_of_share(lost, gained, len(before)))
 
 
 def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-__all__ = ["Interval", "mean_difference", "ratio_of_means", "students_t"]
+__all__ = ["Interval", "change_of_share", "mean_difference", "ratio_of_means", "students_t"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,17 @@ class Interval:
 def students_t(degrees: int) -> float:
     """Student's t for 95 %, both sides; NaN for no degrees of freedom."""
     return float(t.ppf(0.975, degrees))
+
+
+def change_of_share(lost: int, gained: int, total: int) -> Interval:
+    """The change of a share of things that were looked at before and after, of which some were lost and some gained.
+
+    The interval is that of Agresti and Min (2005) for paired shares. It adds half a thing to each outcome, so that it
+    says what so many things can't show even where none of them changes.
+    """
+    change, n = (gained - lost) / total, total + 2
+    half = 1.96 * math.sqrt(lost + gained + 1 - (gained - lost) ** 2 / n) / n
+    return Interval(change, change - half, change + half)
 
 
 def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:

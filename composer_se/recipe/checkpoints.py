@@ -22,7 +22,9 @@ from composer_se.launch import say
 
 __all__ = [
     "LATEST",
+    "WEIGHTS",
     "check_latest",
+    "check_whole",
     "explain_failed_write",
     "local_folder",
     "remove_unfinished_checkpoint",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 LATEST = "latest-rank0.pt"
+WEIGHTS = "weights.pt"  # the state dict in a folder that `composer-se slim` wrote
 _NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 
 
@@ -77,6 +80,18 @@ def check_latest(folder: Path) -> None:
         f"{damaged}: the latest checkpoint is damaged ({fault}); the one before it, {whole}, is whole: "
         f"continue from there with `{mend}` and the same command"
     )
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuses a checkpoint that is damaged, or gone from under its link.
+
+    Raises:
+        UserError: It is. For the latest of a run it names the one before, as `check_latest` does.
+    """
+    if checkpoint.name == LATEST:
+        check_latest(checkpoint.parent)
+    elif not checkpoint.is_dir() and (fault := _find_fault(checkpoint)):
+        raise UserError(f"{checkpoint}: is damaged ({fault}); take another checkpoint")
 
 
 def _newest_whole(folder: Path, but: str = "") -> Path | None:

@@ -1,0 +1,118 @@
+"""Takes out the blocks of a trained network that it can do without, and writes the network that is left.
+
+Splits the held-out images into two halves, always in the same way. On the first half it takes the mean of every gate,
+then fixes the gates of one block after the other at their means, the least costly first: the one that adds least to the
+cross entropy, given those fixed before. A fixed gate is a scale, which is multiplied into the layer, and the block is
+gone. The fewest blocks stay with which the first half loses at most the tolerance. The second half decides nothing: on
+it the accuracy before and after is reported. The run itself is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from composer_se.commands.options import add_device_argument, read_device
+from composer_se.errors import UserError
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `composer-se slim`."""
+    parser.add_argument("source", metavar="RUN", type=Path, help="a run's folder")
+    parser.add_argument(
+        "--tolerance",
+        metavar="POINTS",
+        default="0.1",
+        help="percentage points of accuracy that the deciding half may lose (default: 0.1)",
+    )
+    parser.add_argument(
+        "--data",
+        metavar="NAME[:ROOT]",
+        help="data set whose held-out images are taken, and its folder (default: the recipe's eval_dataset)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="default: slim, in the run's folder")
+    add_device_argument(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Finds the blocks, writes weights, recipe, numbers and picture, and prints what was gained.
+
+    Args:
+        args: As parsed by `add_arguments`.
+
+    Returns:
+        0.
+
+    Raises:
+        UserError: The tolerance is no number of 0 or more, or the run, its checkpoint or the data can't be had.
+            Nothing was written.
+    """
+    tolerance = _read_tolerance(args.tolerance)
+    if args.source.is_file():
+        raise UserError(f"{args.source}: expected a run's folder, got a file")
+
+    import warnings
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from composer_se.commands.trained_network import load_trained
+    from composer_se.measure.machine import describe_machine
+    from composer_se.show.terminal import progress_bar
+    from composer_se.slim.images import halves
+    from composer_se.slim.latency import measure_latencies
+    from composer_se.slim.output import slim_recipe, write
+    from composer_se.slim.search import find_curve, fold_first, mean_gates, most_fixed
+    from composer_se.slim.table import print_slimming
+
+    warnings.filterwarnings("ignore", message="No optimizer was specified")
+    device = read_device(args)
+    trained = load_trained(args.source, None, args.data, device)
+    if (trained.recipe.algorithms or {}).get("squeeze_excite") is None:
+        raise UserError(
+            f"{args.source}: the recipe has no algorithms.squeeze_excite, so the network brings its blocks along; "
+            "take them out with composer_se.fold_constant_gates"
+        )
+    machine = describe_machine(device)  # with the load before we put our own on it
+    (deciding, num_deciding), (reporting, num_reporting) = halves(trained.batches)
+    with progress_bar(in_lines=True) as progress:
+        progress("averaging the gates", 0, 0)
+        means, reasons = mean_gates(trained.network, deciding)
+        points = find_curve(trained.network, means, deciding, reporting, progress)
+        chosen = most_fixed(points, tolerance)
+        images, _ = next(iter(reporting))
+        latency = measure_latencies(trained.network, means, points, chosen, images.to(device), progress)
+    found = {
+        "name": trained.name,
+        "checkpoint": str(trained.checkpoint),
+        "data": trained.data,
+        "tolerance": tolerance,
+        "num_images": {"deciding": num_deciding, "reporting": num_reporting},
+        "blocks": len(means) + len(reasons),
+        "chosen": chosen,
+        "points": [asdict(point) for point in points],
+        "not_foldable": reasons,
+        "latency": {str(size): {str(k): times for k, times in by.items()} for size, by in latency.items()},
+        "machine": asdict(machine),
+    }
+    folder = args.out or args.source / "slim"
+    network = fold_first(trained.network, means, points, chosen)
+    written = write(folder, slim_recipe(trained.recipe, network, folder), network, found)
+    console = Console()
+    print_slimming(found, console)
+    console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
+    console.print(f"Train on: composer-se train {folder / 'recipe.yaml'}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _read_tolerance(text: str) -> float:
+    try:
+        tolerance = float(text)
+    except ValueError:
+        tolerance = math.nan
+    if not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance {text}: expected percentage points, 0 or more, such as 0.1")
+    return tolerance

@@ -1,0 +1,1 @@
+"""Finds the blocks that a trained network can do without, for `composer-se slim`."""

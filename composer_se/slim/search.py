@@ -1,0 +1,183 @@
+"""Fixes gates at their means, block after block, the least costly first.
+
+The cost of a block is what fixing its gates adds to the cross entropy, given the blocks fixed before. Verdicts on a few
+thousand images are too coarse for that: between two blocks they differ by chance. The accuracy decides where to stop.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from composer_se.folding import fold_constant_gates
+from composer_se.gates.analysis import on_device
+from composer_se.gates.observe import observe_logits, se_blocks
+from composer_se.measure.uncertainty import Interval, change_of_share
+
+__all__ = ["Point", "Score", "find_curve", "fold_first", "mean_gates", "most_fixed"]
+
+Batches = Iterable[Any]
+"""Yields (images, labels); can be gone through again."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The network on some images.
+
+    Attributes:
+        accuracy: Share of the images that are classified correctly.
+        change: Against the network with all blocks, with its 95 % interval over images.
+    """
+
+    accuracy: float
+    change: Interval
+
+
+@dataclass(frozen=True)
+class Point:
+    """The network after one more block was fixed.
+
+    Attributes:
+        fixed: The layer whose block it was; None for the network with all blocks.
+        parameters: Of the network.
+        deciding: On the images that decide which blocks are fixed.
+        reporting: On the others.
+    """
+
+    fixed: str | None
+    parameters: int
+    deciding: Score
+    reporting: Score
+
+
+@torch.no_grad()
+def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The mean gates of the blocks that can be folded, (C,) in float64, and the reasons why the others can't.
+
+    Args:
+        network: In evaluation mode.
+        batches: The images.
+
+    Returns:
+        Both by the name of the layer, in model order.
+    """
+    blocks = se_blocks(network)
+    sums: dict[str, Tensor] = {}
+    counts: Counter[str] = Counter()
+
+    def see(name: str, logits: Tensor) -> None:
+        gates = blocks[name].gate_limit * torch.sigmoid(logits.reshape(-1, logits.shape[-1]).cpu().double())
+        sums[name] = sums.get(name, 0) + gates.sum(0)
+        counts[name] += len(gates)
+
+    handles = [observe_logits(block, lambda z, name=name: see(name, z)) for name, block in blocks.items()]
+    try:
+        for images, _ in on_device(batches, _device(network)):
+            network(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    means = {name: sums[name] / counts[name] for name in blocks if name in sums}
+    reasons = {name: "it never runs" for name in blocks if name not in sums}
+    for name, mean in list(means.items()):
+        try:
+            fold_constant_gates(copy.deepcopy(network), {name: mean})
+        except ValueError as error:
+            reasons[name] = str(error)
+            del means[name]
+    return means, reasons
+
+
+def find_curve(
+    network: nn.Module,
+    means: Mapping[str, Tensor],
+    deciding: Batches,
+    reporting: Batches,
+    advance: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> list[Point]:
+    """Fixes all blocks in turn.
+
+    A cost is measured again only when its block comes to the front: if it still is the least then, the block is fixed.
+    So fixing n blocks takes a few times n passes over the deciding images instead of n²/2.
+
+    Args:
+        network: In evaluation mode; left as it was.
+        means: The gates by layer, from `mean_gates`.
+        deciding: The images that decide.
+        reporting: The images that don't.
+        advance: Called with the task, the blocks fixed and their number.
+
+    Returns:
+        The network with all blocks, then after each block that was fixed.
+    """
+    current = copy.deepcopy(network)
+    outcome = before = _evaluate(current, deciding)
+    reported = reported_before = _evaluate(current, reporting)
+
+    def point(fixed: str | None) -> Point:
+        parameters = sum(parameter.numel() for parameter in current.parameters())
+        return Point(fixed, parameters, _score(before, outcome), _score(reported_before, reported))
+
+    points = [point(None)]
+    costs = dict.fromkeys(means, float("-inf"))
+    while costs:
+        advance("fixing one block after the other", len(points) - 1, len(means))
+        trials: dict[str, _Outcome] = {}
+        while (name := min(costs, key=costs.__getitem__)) not in trials:
+            trial = copy.deepcopy(current)
+            fold_constant_gates(trial, {name: means[name]})
+            trials[name] = _evaluate(trial, deciding)
+            costs[name] = trials[name].cross_entropy - outcome.cross_entropy
+        del costs[name]
+        fold_constant_gates(current, {name: means[name]})
+        outcome, reported = trials[name], _evaluate(current, reporting)
+        points.append(point(name))
+    return points
+
+
+def most_fixed(points: Sequence[Point], tolerance: float) -> int:
+    """The largest number of fixed blocks at which the deciding images lose at most the tolerance, in points."""
+    rounding = 1e-9
+    return max(k for k, point in enumerate(points) if -100 * point.deciding.change.value <= tolerance + rounding)
+
+
+def fold_first(network: nn.Module, means: Mapping[str, Tensor], points: Sequence[Point], count: int) -> nn.Module:
+    """A copy of the network without the first blocks of the curve."""
+    folded = copy.deepcopy(network)
+    fold_constant_gates(folded, {point.fixed: means[point.fixed] for point in points[: count + 1] if point.fixed})
+    return folded
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Which images were classified correctly, (N,), and the mean cross entropy."""
+
+    right: Tensor
+    cross_entropy: float
+
+
+@torch.no_grad()
+def _evaluate(network: nn.Module, batches: Batches) -> _Outcome:
+    right: list[Tensor] = []
+    losses: list[Tensor] = []
+    for images, labels in on_device(batches, _device(network)):
+        outputs = network(images)
+        right.append((outputs.argmax(1) == labels).cpu())
+        losses.append(F.cross_entropy(outputs.float(), labels, reduction="none").cpu().double())
+    return _Outcome(torch.cat(right), float(torch.cat(losses).mean()))
+
+
+def _score(before: _Outcome, after: _Outcome) -> Score:
+    lost, gained = int((before.right & ~after.right).sum()), int((~before.right & after.right).sum())
+    return Score(float(after.right.double().mean()), change_of_share(lost, gained, len(before.right)))
+
+
+def _device(network: nn.Module) -> torch.device:
+    return next(network.parameters()).device
