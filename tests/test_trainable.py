@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import composer_se
-from composer_se.cost.saved import saved_bytes
+from composer_se.cost.counts import saved_bytes
 from composer_se.functional import apply_squeeze_excite, train_only
 
 SE_OF_CONV_6 = ["6.se.pool_and_mlp.2.weight", "6.se.pool_and_mlp.4.weight"]
