@@ -46,7 +46,7 @@ def layers_in_se_blocks(model: nn.Module) -> list[str]:
     return [name for name, block in blocks for layer in block.modules() if isinstance(layer, SqueezeExciteConv2d)]
 
 
-def watch_for_single_pixels(model: nn.Module) -> Callable[[dict[str, SqueezeExciteConv2d]], None]:
+def watch_for_single_pixels(model: nn.Module) -> Callable[[dict[str, Any]], None]:
     """Watches every conv; the function returned fails if one that got SE works on a 1×1 map."""
     on_single_pixels: set[nn.Module] = set()
 
@@ -58,7 +58,7 @@ def watch_for_single_pixels(model: nn.Module) -> Callable[[dict[str, SqueezeExci
         if isinstance(conv, nn.Conv2d):
             conv.register_forward_pre_hook(watch)
 
-    def check(added: dict[str, SqueezeExciteConv2d]) -> None:
+    def check(added: dict[str, Any]) -> None:
         assert [name for name, layer in added.items() if layer.layer in on_single_pixels] == []
 
     return check
@@ -66,7 +66,7 @@ def watch_for_single_pixels(model: nn.Module) -> Callable[[dict[str, SqueezeExci
 
 def train_step(
     model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] = loss_of, unreached: str = "", **options: Any
-) -> tuple[Any, dict[str, SqueezeExciteConv2d]]:
+) -> tuple[Any, dict[str, Any]]:
     """Applies SE, trains one step with the optimizer that was there before, and checks that every SE weight moved.
 
     Of those below ``unreached``, a glob pattern over module names, it asks nothing: the loss may not depend on them.

@@ -169,7 +169,8 @@ def test_a_resnet50_is_the_papers_se_resnet50() -> None:
     statistics = [sorted(b.double().norm().item() for b in m.buffers()) for m in (model, by_hand)]
     torch.testing.assert_close(*map(torch.tensor, statistics))
     torch.testing.assert_close(model.conv1.weight.grad, by_hand.conv1.weight.grad)
-    model.eval(), by_hand.eval()
+    for network in (model, by_hand):
+        network.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(x), by_hand(x))
 
@@ -264,7 +265,8 @@ def test_surroundings_get_the_right_numbers(how: str) -> None:
     reference = copy.deepcopy(model)
     x = torch.randn(4, 3, 6, 6)
     if how in ("export", "script", "vmap"):
-        model.eval(), reference.eval()
+        for network in (model, reference):
+            network.eval()
     expected = reference(x)
     if how == "checkpoint":
         out = torch.utils.checkpoint.checkpoint_sequential(model, 2, x, use_reentrant=False)
