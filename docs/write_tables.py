@@ -166,6 +166,7 @@ def claims_table(folder: Path) -> str:
         pairs = [("SE", "no SE"), (other, "no SE"), (f"SE and {other}", "no SE"), (f"SE and {other}", other)]
         ratios = [ratio_of_means(steps[ours], steps[theirs]) for ours, theirs in pairs]
         rows.append([f"{title} ({where})", *(ratio.with_spread() for ratio in ratios)])
+    assert machine is not None
     runs = json.loads((folder / "selective-backprop" / "results.json").read_text())["runs"]
     accuracies = {arm: [100 * run["accuracies"][-1][1] for run in of_arm] for arm, of_arm in runs.items()}
     gain = mean_difference(accuracies["SE and SelectiveBackprop"], accuracies["SelectiveBackprop"])
