@@ -23,6 +23,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 SLIM = RESULTS / "slim-fashion-mnist.json"
+PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
@@ -128,6 +129,10 @@ def pages() -> dict[Path, str]:
     }
     if "layers" in cost:
         tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
+    if PAPER.is_file():
+        paper = json.loads(PAPER.read_text())
+        where = f"SE-ResNet-50, batch {paper['settings']['batch_size']}; {Machine(**paper['machine'])}."
+        tables[DOCS / "placement.md"] = {"placement": f"{layers_table(paper['layers'])}\n\n{where}"}
     if SLIM.is_file():
         tables[DOCS / "slim.md"] = {"slim": slim_table(json.loads(SLIM.read_text()))}
     filled = {}
