@@ -109,6 +109,13 @@ def test_channels_last_stays_channels_last() -> None:
     torch.testing.assert_close(out, plain_squeeze_excite(layer.conv(images), *weights(layer.se)))
 
 
+def test_copy_of_a_wrapper_around_a_parametrised_conv_is_a_wrapper() -> None:
+    layer = SqueezeExciteConv2d(3, 8, 3)
+    parametrizations.weight_norm(layer.conv)  # gives the conv a __deepcopy__ of its own
+    images = torch.randn(2, 3, 6, 6)
+    assert torch.equal(copy.deepcopy(layer)(images), layer(images))
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_and_pickles_compute_the_same(copied) -> None:
     layer = SqueezeExciteConv2d(8, 16, 3, followed_by_norm=True)

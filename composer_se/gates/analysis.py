@@ -17,7 +17,7 @@ from composer_se.errors import UserError
 from composer_se.gates.observe import GateStatistics, describe, gate_terms, observe_logits, se_blocks
 from composer_se.measure.uncertainty import Interval, change_of_share
 
-__all__ = ["Ablation", "Analysis", "LayerGates", "analyse", "on_device"]
+__all__ = ["Ablation", "Analysis", "LayerGates", "analyse", "channel_means", "on_device"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def analyse(
     if not right:
         raise UserError("--data: there are no held-out images")
     sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
-    shares = {name: _channel_means(s.sum(0)) / blocks[name].gate_limit for name, s in sums.items()}
+    shares = {name: channel_means(s.sum(0)) / blocks[name].gate_limit for name, s in sums.items()}
     fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}
     right_fixed: dict[str, list[Tensor]] = {name: [] for name in sums}
     for done, (images, labels) in enumerate(on_device(batches, device)):
@@ -147,7 +147,8 @@ def _repeated(labels: Tensor, terms: Tensor) -> Tensor:
     return labels.repeat(len(terms) // len(labels))
 
 
-def _channel_means(sums: Tensor) -> Tensor:
+def channel_means(sums: Tensor) -> Tensor:
+    """The mean gates, (..., C), from sums as `gate_sums` returns them, (..., 3 + 2 C)."""
     return (sums[..., 3:] / sums[..., :1]).chunk(2, -1)[0]
 
 
@@ -161,7 +162,7 @@ def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:
     total = sums.sum(0)
     means, squares = (total[3:] / total[0]).chunk(2)
     variance = (squares - means.square()).clamp(min=0)
-    class_means = _channel_means(sums)
+    class_means = channel_means(sums)
     weights = (sums[:, :1] / total[0]).expand_as(class_means)
     between = torch.where(weights > 0, weights * (class_means - means).square(), 0).sum()
     return LayerGates(

@@ -48,8 +48,8 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
         console.print(
             f"Fixing the gates of one layer showed no loss in {len(spare)} layers, surest first: "
             f"{', '.join(layer.name for layer in surest_first)}. {analysis.num_images:,} images can miss a loss of "
-            f"{missed:.2f} points. Each layer was tried alone, and several together may cost more: exclude one, train "
-            "again and compare.",
+            f"{missed:.2f} points. Each layer was tried alone, and several together may cost more: "
+            "composer-se slim fixes one after the other.",
             highlight=False,
         )
 

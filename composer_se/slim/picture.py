@@ -27,8 +27,7 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
     """
     points, chosen, blocks = found["points"], found["chosen"], found["blocks"]
     rows = range(len(points))
-    height = 0.19 * len(points)
-    figure = new_figure(9, height + 2.6)
+    figure = new_figure(9, 0.19 * len(points) + 2.8)
     left, right = figure.subplots(1, 2, sharey=True)
     _draw_accuracy(left, points, found)
     for batch_size, colour, marker in zip(found["latency"], COLOURS, MARKERS, strict=False):
@@ -41,11 +40,12 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
             markersize=4,
             label=f"batch {batch_size}: {1e3 * seconds[0]:.1f} → {1e3 * seconds[chosen]:.1f} ms",
         )
-    right.set(xlabel="time over that with all blocks", title="Latency")
-    for axis in (left, right):
+    right.set_xlabel("time over that with all blocks")
+    titles = (f"Accuracy, against {points[0]['reporting']['accuracy']:.2%}", "Latency")
+    for axis, title in zip((left, right), titles, strict=True):
         style(axis, grid="x")
-        axis.axhline(chosen, color=BLACK, linewidth=1, linestyle="--")
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), frameon=False, fontsize="small", ncols=3)
+        axis.axhline(chosen, color=BLACK, linewidth=1, linestyle="--", zorder=0)
+        axis.legend(title=title, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False, fontsize="small", ncols=3)
     names = [f"{point['fixed'] or 'all blocks'}  {blocks - row:>2}" for row, point in enumerate(points)]
     left.set_yticks(rows, names, fontsize="x-small")
     left.set_ylim(len(points) - 0.5, -0.5)
@@ -81,5 +81,4 @@ def _draw_accuracy(axis: Any, points: list[dict[str, Any]], found: Mapping[str, 
         capsize=2,
         label="others",
     )
-    accuracy = points[0]["reporting"]["accuracy"]
-    axis.set(xlabel="change of the accuracy, percentage points", title=f"Accuracy, against {accuracy:.2%}")
+    axis.set_xlabel("change of the accuracy, percentage points")

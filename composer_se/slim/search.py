@@ -7,7 +7,6 @@ thousand images are too coarse for that: between two blocks they differ by chanc
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composer_se.folding import fold_constant_gates
-from composer_se.gates.analysis import on_device
-from composer_se.gates.observe import observe_logits, se_blocks
+from composer_se.gates.analysis import channel_means, on_device
+from composer_se.gates.observe import gate_sums, observe_logits, se_blocks
 from composer_se.measure.uncertainty import Interval, change_of_share
 
 __all__ = ["Point", "Score", "find_curve", "fold_first", "mean_gates", "most_fixed"]
@@ -70,12 +69,9 @@ def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor],
     """
     blocks = se_blocks(network)
     sums: dict[str, Tensor] = {}
-    counts: Counter[str] = Counter()
 
     def see(name: str, logits: Tensor) -> None:
-        gates = blocks[name].gate_limit * torch.sigmoid(logits.reshape(-1, logits.shape[-1]).cpu().double())
-        sums[name] = sums.get(name, 0) + gates.sum(0)
-        counts[name] += len(gates)
+        sums[name] = sums.get(name, 0) + gate_sums(logits, blocks[name].gate_limit).cpu()
 
     handles = [observe_logits(block, lambda z, name=name: see(name, z)) for name, block in blocks.items()]
     try:
@@ -84,7 +80,7 @@ def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor],
     finally:
         for handle in handles:
             handle.remove()
-    means = {name: sums[name] / counts[name] for name in blocks if name in sums}
+    means = {name: channel_means(sums[name]) for name in blocks if name in sums}
     reasons = {name: "it never runs" for name in blocks if name not in sums}
     for name, mean in list(means.items()):
         try:
