@@ -49,6 +49,7 @@ def test_run_leaves_its_folder_and_a_table(uninterrupted: Path) -> None:
     run = uninterrupted / "runs" / "digits"
     assert sorted(path.name for path in run.iterdir()) == [
         "checkpoints",
+        "classes.json",
         "metrics.jsonl",
         "recipe.yaml",
         "report.html",
