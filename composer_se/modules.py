@@ -9,7 +9,7 @@ Parameters have the names of Composer's built-in algorithm (``conv.weight``, ``s
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -119,8 +119,6 @@ class SqueezeExciteConv2d(SqueezeExcited):
     """
 
     inner = "conv"
-    if TYPE_CHECKING:  # TorchScript would look up the annotation
-        conv: nn.Conv2d
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ on numbers per map, under ordinary autograd.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,6 @@ class SqueezeExciteNorm2d(SqueezeExcited):
     """
 
     inner = "norm"
-    if TYPE_CHECKING:  # TorchScript would look up the annotation
-        norm: nn.Module
 
     def __init__(
         self,
