@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from composer_se import apply_squeeze_excite, remove_squeeze_excite
+
 _RANDOM_INITIALISERS = (
     "kaiming_uniform_",
     "kaiming_normal_",
@@ -106,3 +108,24 @@ def detection_targets() -> list[dict[str, Tensor]]:
         "keypoints": torch.tensor([[[30.0, 30.0, 1.0]] * 17] * 6),
     }
     return [one] * 2
+
+
+def assert_identity_start_changes_no_bit(model: nn.Module, call: Callable[[nn.Module], Any], **options: Any) -> None:
+    """Calls the network before and after the surgery: in training mode with gradients, and in evaluation mode.
+
+    The blocks are taken out again.
+    """
+
+    def outputs(training: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(training):
+            return list(tensors_of(call(model.train(training))))
+
+    before = [*outputs(True), *outputs(False)]
+    assert apply_squeeze_excite(model, 4, 1, init="identity", **options)
+    in_evaluation = outputs(False)  # first, since training moves running statistics
+    after = [*outputs(True), *in_evaluation]
+    assert len(before) == len(after) > 0
+    remove_squeeze_excite(model)
+    # Single pixels may overflow in networks of random weights.
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, after, strict=True))

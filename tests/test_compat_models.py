@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from cheap_models import build, classifier_arguments, detection_arguments, detection_targets, tensors_of
+from cheap_models import (
+    assert_identity_start_changes_no_bit,
+    build,
+    classifier_arguments,
+    detection_arguments,
+    detection_targets,
+    tensors_of,
+)
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -115,8 +122,10 @@ def test_torchvision_classification(
         assert "the widest has 96 output channels, and min_channels is 128" in caplog.text
         record_property("note", "`swin_t` and `swin_s` have one conv, of 96 channels: they need `min_channels` ≤ 96")
         options = {"min_channels": "auto"}
+    images = torch.randn(2, 3, size, size)
+    assert_identity_start_changes_no_bit(model, lambda model: model(images))
     check = watch_for_single_pixels(model)
-    output, added = train_step(model, torch.randn(2, 3, size, size), **options)
+    output, added = train_step(model, images, **options)
     assert added
     if size >= 64:
         check(added)
@@ -129,7 +138,9 @@ def test_torchvision_classification(
 def test_torchvision_segmentation(name: str) -> None:
     """torchvision: segmentation."""
     model = build(torchvision.models.get_model, name, weights=None, weights_backbone=None)
-    output, _ = train_step(model, torch.randn(2, 3, 32, 32))
+    images = torch.randn(2, 3, 32, 32)
+    assert_identity_start_changes_no_bit(model, lambda model: model(images))
+    output, _ = train_step(model, images)
     assert form_of(output) == [((2, 21, 32, 32), torch.float32)]
 
 
@@ -138,8 +149,10 @@ def test_torchvision_detection(name: str) -> None:
     """torchvision: detection."""
     model = build(torchvision.models.get_model, name, **detection_arguments(name))
     images = list(torch.rand(2, 3, 64, 64))
+    targets = detection_targets()
+    assert_identity_start_changes_no_bit(model, lambda model: model(images, targets if model.training else None))
     # SSD's loss takes some anchors of each image, and none of the coarsest maps may be among them.
-    losses, _ = train_step(model, images, detection_targets(), unreached="head.*.module_list.*")
+    losses, _ = train_step(model, images, targets, unreached="head.*.module_list.*")
     assert all(loss.shape == () and loss.isfinite() for loss in losses.values())
     with torch.no_grad():
         detections = model.eval()(images)
