@@ -193,8 +193,8 @@ def _efficientnet_lite0_builder() -> Callable[..., nn.Module]:
 
     def efficientnet_lite0(num_classes: int = 1000) -> nn.Module:
         network: Any = timm.create_model("tf_efficientnet_lite0", num_classes=num_classes)
-        # timm draws the classifier by its number of outputs. With ten of them the loss starts at 6.9 instead of 2.3, and
-        # 100 steps of AdamW on the norms and the classifier end at 23 % instead of 83 % on Fashion-MNIST.
+        # timm draws the classifier by its number of outputs: with ten of them the loss starts at 6.9. 100 steps of
+        # AdamW on the classifier alone then end at 70 % on Fashion-MNIST, with PyTorch's start at 85.5 %.
         network.get_classifier().reset_parameters()
         return network
 
