@@ -207,6 +207,17 @@ def test_a_signal_in_the_middle_of_a_checkpoint_leaves_no_file_that_looks_whole(
     assert summary["batch"] == 10
 
 
+def test_the_launchers_sigterm_after_ctrl_c_does_not_break_off_what_ctrl_c_began(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert exit_code_of(interrupted, tmp_path) == 130
+    os.kill(os.getpid(), signal.SIGTERM)  # before the user was told how to go on
+
+
 @pytest.mark.parametrize("max_duration", ["2ep", "10ba"])
 def test_a_run_stopped_in_its_last_evaluation_evaluates_and_is_complete(
     max_duration: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

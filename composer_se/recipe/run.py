@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,7 +44,7 @@ __all__ = ["exit_code_of", "train"]
 # The summary holds these of all metrics.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
 
-# Exit codes of Composer's handlers for SIGINT and SIGTERM; shells report the same.
+# Exit codes after SIGINT and SIGTERM, as shells report them; Composer's handlers give the same.
 _INTERRUPTED = (130, 143)
 
 
@@ -94,6 +96,8 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
     Raises:
         UserError: A file could not be written.
     """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     try:
         work()
     except (OSError, RuntimeError, KeyboardInterrupt, SystemExit) as error:
@@ -106,6 +110,16 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
             raise
         raise complaint from error
     return 0
+
+
+def _stop(number: int, frame: object) -> None:
+    """Ends the work at the first signal, as Composer's handler does, which this one replaces.
+
+    The launcher answers Ctrl-C with SIGTERM to all processes. It would break off what the first signal began, the
+    message to the user included, and is taken without effect. A second Ctrl-C still ends the process.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    sys.exit(128 + number)
 
 
 def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
