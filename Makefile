@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility reference format cost study claims slim gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost study finetuning claims slim trainable gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,11 @@ study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in doc
 	    --arm 'ratio 1/16 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.0625
 	$(BIN)/python docs/write_tables.py
 
+# FASHION_MNIST: where the data are, or are downloaded to.
+FASHION_MNIST ?= data
+finetuning: $(VENV)/dev.stamp ## tune and train what is left of the study of fine-tuning: hours from nothing
+	$(BIN)/python docs/finetuning_study.py --root $(FASHION_MNIST)
+
 # One thread for training, so that the loader's one worker has a core for itself.
 claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour
 	OMP_NUM_THREADS=1 $(COMPARE) digits model.name=cifar_resnet8 train_dataset.num_workers=1 --seeds 0 \
@@ -62,14 +67,16 @@ claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop
 	$(COMPARE) digits --seeds 5 --out docs/results/claims/selective-backprop $(SELECTIVE_ARMS)
 	$(BIN)/python docs/write_tables.py
 
-# FASHION_MNIST: where the data are, or are downloaded to.
-FASHION_MNIST ?= data
 slim: $(VENV)/dev.stamp ## train a ResNet-20 with SE on all convs, slim it, write docs/slim.md: an hour on two quiet cores
 	$(BIN)/composer-se train fashion_mnist run_name=slim max_duration=5ep $(ALL_CONVS) \
 	    train_dataset.root=$(FASHION_MNIST)
 	$(BIN)/composer-se slim runs/slim --data fashion_mnist:$(FASHION_MNIST)
 	cp runs/slim/slim/slim.json docs/results/slim-fashion-mnist.json
 	cp runs/slim/slim/slim.png docs/slim-fashion-mnist.png
+	$(BIN)/python docs/write_tables.py
+
+trainable: $(VENV)/dev.stamp ## measure a step that trains a part of a network, write docs/pretrained.md: ten minutes
+	$(BIN)/python docs/measure_trainable.py
 	$(BIN)/python docs/write_tables.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

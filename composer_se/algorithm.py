@@ -66,7 +66,14 @@ class SqueezeExcite(Algorithm):
         inplace: object = None,
     ) -> None:
         self.options = SqueezeExciteOptions(
-            latent_channels, min_channels, min_channels_of, include, exclude, init, placement, inplace
+            latent_channels=latent_channels,
+            min_channels=min_channels,
+            min_channels_of=min_channels_of,
+            include=include,
+            exclude=exclude,
+            init=init,
+            placement=placement,
+            inplace=inplace,
         )
 
     def __repr__(self) -> str:

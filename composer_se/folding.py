@@ -29,7 +29,7 @@ def fold_constant_gates(
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
-        gates: By the qualified name of a layer with a block, its gates, (C,) for C output channels.
+        gates: The gates of each layer, (C,) for C output channels, by the layer's qualified name.
         optimizers: The optimizers of the model's parameters. The parameters of the removed blocks leave them. Default:
             none.
 

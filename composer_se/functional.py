@@ -76,7 +76,14 @@ def apply_squeeze_excite(
         22
     """
     options = SqueezeExciteOptions(
-        latent_channels, min_channels, min_channels_of, include, exclude, init, placement, inplace
+        latent_channels=latent_channels,
+        min_channels=min_channels,
+        min_channels_of=min_channels_of,
+        include=include,
+        exclude=exclude,
+        init=init,
+        placement=placement,
+        inplace=inplace,
     )
     selection = select_convs(model, options)
     surgery.check_optimizers(model, optimizers)

@@ -82,15 +82,8 @@ class SqueezeExciteNorm2d(SqueezeExcited):
 
 
 def _takes_gates(norm: nn.BatchNorm2d, u: Tensor) -> bool:
-    """Whether map and norm are of the ordinary kind; PyTorch shall see what it would refuse or convert."""
-    own = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
-    numbers = torch.float64 if u.dtype == torch.float64 else torch.float32
-    return (
-        ops.takes_norm(u)
-        and all(type(t) in (Tensor, nn.Parameter) and t.device == u.device for t in own)
-        and all(t.shape == u.shape[1:2] and t.dtype in (u.dtype, numbers) for t in own)
-        and (norm.running_mean is None) == (norm.running_var is None)
-    )
+    mean, var = norm.running_mean, norm.running_var
+    return ops.takes_norm(u, norm.weight, norm.bias, mean, var) and (mean is None) == (var is None)
 
 
 def _batch_norm_and_gate(u: Tensor, norm: Any, se: SqueezeExcite2d) -> Tensor:

@@ -57,17 +57,22 @@ def takes_plain_formula(u: Tensor) -> bool:
     )
 
 
-def takes_norm(u: Tensor) -> bool:
-    """Whether a norm can take the maps of ``u`` together with their gates, by `gated_norm`.
+def takes_norm(u: Tensor, *per_channel: Tensor | None) -> bool:
+    """Whether a norm with these weights and statistics, (C,), can take the maps of ``u`` together with their gates.
 
-    Not in channels_last, which has no view as single maps. Some maps that are empty or one pixel the norm refuses.
+    Not in channels_last, which has no view as single maps. PyTorch's norm shall see what it refuses (some maps that are
+    empty or one pixel) or converts.
     """
+    dtypes = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
+    numbers = [t for t in per_channel if t is not None]
     return (
         u.dim() == 4
         and u.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         and u.device.type in ("cpu", "cuda")
         and u.is_contiguous()
         and u.numel() > u.shape[0] * u.shape[1]
+        and all(type(t) in (Tensor, torch.nn.Parameter) and t.shape == u.shape[1:2] for t in numbers)
+        and all(t.device == u.device and t.dtype in dtypes for t in numbers)
     )
 
 
@@ -152,7 +157,7 @@ class _Squeeze(torch.autograd.Function):
 
 
 def gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
-    """dL/du from ``g = dL/dy``, the factor ``a`` of `affine`, and the gradients of means and variances."""
+    """Computes dL/du from ``g = dL/dy``, the factor ``a`` of `affine`, ``dp = dL/dp`` and ``dq = dL/dq``."""
     area = u.shape[2] * u.shape[3]
     if dq is None:
         return affine(g, None, a, dp / area)

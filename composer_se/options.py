@@ -41,10 +41,10 @@ class SqueezeExciteOptions:
             that does, get a block. A pattern that is a conv's full name also overrides the rule on existing SE blocks.
             A leading ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
-        init: How a block starts. ``"default"``: with the initialisation of `torch.nn.Linear`, which makes each gate
-            about one half; for networks that are trained from nothing. ``"identity"``: with gates of 1, which leave the
-            network as it is; for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last
-            layer of the MLP starts at zero. Default: ``"default"``.
+        init: How a block starts. ``"default"``: the initialisation of `torch.nn.Linear`, for networks trained from
+            scratch. Each gate starts at about one half. ``"identity"``: gates of 1, which leave the network as it is,
+            for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last layer of the MLP
+            starts at zero. Default: ``"default"``.
         placement: Where the block of a chosen conv goes. ``"conv"``: right behind it. ``"norm"``: behind the norm that
             follows it, as in the paper. Default: ``"conv"``.
         inplace: Not needed any more; any value but None logs a warning.

@@ -56,7 +56,7 @@ class PendingGate(Tensor):
         kwargs = kwargs or {}
         if func in _ABOUT_ITSELF:
             return super().__torch_function__(func, types, args, kwargs)
-        if func in _NORMS and args and type(args[0]) is cls:
+        if func in _KEEP_INPUT and args and type(args[0]) is cls:
             return _normalise(func, args[0], args[1:], kwargs)
         if func in _ABOUT_GRADIENTS:
             tree_map(_refuse_if_taken, (args, kwargs))
@@ -112,7 +112,7 @@ _GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_l
 _ABOUT_ITSELF = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
 _ABOUT_ITSELF |= {getattr(Tensor, name).__get__ for name in _GETTERS}
 _ABOUT_GRADIENTS = {Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad}
-_NORMS = {
+_KEEP_INPUT = {
     norm: {name: parameter.default for name, parameter in list(inspect.signature(norm).parameters.items())[1:]}
     for norm in (F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm)
 }
@@ -159,7 +159,7 @@ def _refuse_if_taken(t: Any) -> None:
 def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tensor:
     """Calls a norm on a pending map."""
     own, norm = pending.own, None
-    given: dict[str, Any] = {**_NORMS[func], **dict(zip(_NORMS[func], args, strict=False)), **kwargs}
+    given: dict[str, Any] = {**_KEEP_INPUT[func], **dict(zip(_KEEP_INPUT[func], args, strict=False)), **kwargs}
     scale = given["weight"], given["bias"]
     if func is F.batch_norm or func is F.instance_norm:
         fixed = not given["training" if func is F.batch_norm else "use_input_stats"]
@@ -184,14 +184,6 @@ def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tenso
 
 
 def _can_take(norm: ops.Norm, own: _Map) -> bool:
-    """Whether map and norm are of the ordinary kind; PyTorch shall see what it would refuse or convert."""
     running = norm.running_mean, norm.running_var
-    per_channel = [t for t in (norm.weight, norm.bias, *running) if t is not None]
-    return (
-        ops.takes_norm(own.u)
-        and own.u.shape[1] % (norm.groups or 1) == 0
-        and not (norm.fixed and None in running)
-        and all(type(t) in (Tensor, torch.nn.Parameter) for t in per_channel)
-        and all(t.shape == own.u.shape[1:2] and t.device == own.u.device for t in per_channel)
-        and all(t.dtype in (own.u.dtype, own.p.dtype) for t in per_channel)
-    )
+    takes = ops.takes_norm(own.u, norm.weight, norm.bias, *running) and not (norm.fixed and None in running)
+    return takes and own.u.shape[1] % (norm.groups or 1) == 0

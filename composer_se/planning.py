@@ -193,7 +193,15 @@ def plan(
         >>> composer_se.plan(resnet50(), min_channels=512, image_size=224).added_parameters
         2686976
     """
-    options = SqueezeExciteOptions(latent_channels, min_channels, min_channels_of, include, exclude, init, placement)
+    options = SqueezeExciteOptions(
+        latent_channels=latent_channels,
+        min_channels=min_channels,
+        min_channels_of=min_channels_of,
+        include=include,
+        exclude=exclude,
+        init=init,
+        placement=placement,
+    )
     selection = select_convs(model, options)
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if size is not None and (len(size) != 2 or min(size) < 1):

@@ -1,8 +1,8 @@
 """Replaces modules in a live model and updates its optimizers. Knows nothing of Squeeze-and-Excitation.
 
 The functions take the arguments of those in `composer.utils.module_surgery` and can replace them. They also handle
-several parameter groups, several optimizers and groups with ``param_names``, and their time grows linearly with the
-model.
+several parameter groups, several optimizers and groups with ``param_names``. Their run time is linear in the size of
+the model.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from omegaconf import MISSING
 
 from composer_se.recipe.data import DATASETS
 from composer_se.recipe.load import load_recipe, shipped_recipes
-from composer_se.recipe.schema import Recipe
+from composer_se.recipe.schema import READING, Recipe
 
 INTRODUCTION = """\
 # Recipes: reference
@@ -25,7 +25,8 @@ KEYS = """\
 ## Keys
 
 Durations and intervals are `90ep` (epochs), `1000ba` (batches), `100000sp` (samples) or a number of epochs. A resumed
-run may change a key marked **r**. All arms of a comparison must have a key marked **c** in common.
+run may change a key marked **r**, and where and how fast images are read: {reading} of a data set. All arms of a
+comparison must have a key marked **c** in common. A comparison sets the keys marked **s** itself.
 """
 
 SECTIONS = """\
@@ -49,13 +50,14 @@ def page() -> str:
     """The page in Markdown."""
     recipes = "\n".join(["## Shipped recipes", "", "| recipe | what it is |", "|---|---|", *_recipes()])
     keys = "\n".join(["| key | type | default | meaning | |", "|---|---|---|---|---|", *_keys()])
-    return "\n".join([INTRODUCTION, KEYS, keys, "", SECTIONS, DATA, *_datasets(), recipes, ""])
+    reading = ", ".join(f"`{argument}`" for argument in READING)
+    return "\n".join([INTRODUCTION, KEYS.format(reading=reading), keys, "", SECTIONS, DATA, *_datasets(), recipes, ""])
 
 
 def _keys() -> Iterator[str]:
     for key in dataclasses.fields(Recipe):
         facts = key.metadata["facts"]
-        marks = [mark for mark, which in (("r", {"resume", "free"}), ("c", {"same"})) if facts & which]
+        marks = [mark for mark, which in (("r", {"resume", "free"}), ("c", {"same"}), ("s", {"set"})) if facts & which]
         cells = [f"`{key.name}`", _type(str(key.type)), _default(key), key.metadata["meaning"], ", ".join(marks)]
         yield "| " + " | ".join(cells) + " |"
 

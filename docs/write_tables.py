@@ -23,6 +23,7 @@ DOCS = Path(__file__).parent
 README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 SLIM = RESULTS / "slim-fashion-mnist.json"
+TRAINABLE = RESULTS / "trainable-resnet50.json"
 PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
@@ -133,6 +134,8 @@ def pages() -> dict[Path, str]:
         paper = json.loads(PAPER.read_text())
         where = f"SE-ResNet-50, batch {paper['settings']['batch_size']}; {Machine(**paper['machine'])}."
         tables[DOCS / "placement.md"] = {"placement": f"{layers_table(paper['layers'])}\n\n{where}"}
+    if TRAINABLE.is_file():
+        tables[DOCS / "pretrained.md"] = {"trainable": trainable_table(json.loads(TRAINABLE.read_text()))}
     if SLIM.is_file():
         tables[DOCS / "slim.md"] = {"slim": slim_table(json.loads(SLIM.read_text()))}
     filled = {}
@@ -205,6 +208,24 @@ def slim_table(found: dict[str, Any]) -> str:
             f"ResNet-20 with SE on all convs, 5 epochs of Fashion-MNIST; {Machine(**found['machine'])}.",
             "",
             "![Accuracy and latency against the number of blocks left](slim-fashion-mnist.png)",
+        ]
+    )
+
+
+def trainable_table(found: dict[str, Any]) -> str:
+    """What a training step costs when a part of the network trains, and the conditions."""
+    full = found["rows"][0]
+    rows = []
+    for row in found["rows"]:
+        words = ", ".join(f"`{word}`" for word in row["patterns"].split(", "))
+        time = ratio_of_means(row["seconds"], full["seconds"]).with_spread() if row is not full else "1"
+        rows.append([words, f"{row['parameters'] / 1e6:.1f} million", f"{row['saved_bytes'] / 1e6:,.1f} MB", time])
+    return "\n".join(
+        [
+            *markdown_table(["patterns", "trained parameters", "saved for backward", "time of a step"], rows),
+            "",
+            f"ResNet-50 with {found['layers']} blocks, {found['batch_size']} images of 224 × 224 pixels. Bytes are "
+            f"counted. Times are relative to a full step, measured in random order; {Machine(**found['machine'])}.",
         ]
     )
 

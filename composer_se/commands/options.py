@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +56,6 @@ def read_device(args: argparse.Namespace) -> torch.device:
     return device
 
 
-_AS_TYPED = ("min_channels_of", "include", "exclude", "init", "placement")
-
-
 def add_squeeze_excite_arguments(parser: Any) -> None:
     """Adds options of Squeeze-and-Excitation to a parser or an argument group."""
     parser.add_argument(
@@ -92,11 +89,10 @@ def read_squeeze_excite(
     """
     from composer_se.options import SqueezeExciteOptions
 
-    latent = args.latent_channels
-    given = others | {option: getattr(args, option) for option in _AS_TYPED}
-    given |= {
-        "latent_channels": None if latent is None else _read_number("--latent-channels", latent, "latent_channels"),
-    }
+    as_typed = {option.name for option in fields(SqueezeExciteOptions)} - {"min_channels", "latent_channels"}
+    given = others | {option: getattr(args, option) for option in as_typed}
+    if args.latent_channels is not None:
+        given["latent_channels"] = _read_number("--latent-channels", args.latent_channels, "latent_channels")
     given = {option: value for option, value in given.items() if value is not None}
     return replace(recipe or SqueezeExciteOptions(), **given)
 

@@ -2,9 +2,9 @@
 
 Splits the held-out images into two halves, always in the same way. On the first half it takes the mean of every gate,
 then fixes the gates of one block after the other at their means, the least costly first: the one that adds least to the
-cross entropy, given those fixed before. A fixed gate is a scale, which is multiplied into the layer, and the block is
-gone. The fewest blocks stay with which the first half loses at most the tolerance. The second half decides nothing: on
-it the accuracy before and after is reported. The run itself is not touched.
+cross entropy, given those fixed before. A fixed gate is a scale. It is multiplied into the layer, and the block is
+removed. As few blocks as possible stay while the accuracy on the first half drops by at most the tolerance. The second
+half decides nothing: on it the accuracy before and after is reported. The run itself is not touched.
 """
 
 from __future__ import annotations

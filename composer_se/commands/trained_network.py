@@ -1,4 +1,4 @@
-"""A trained network with held-out images to run it on, from a run's folder or a checkpoint."""
+"""Loads a trained network from a run's folder or a checkpoint, and held-out images to run it on."""
 
 from __future__ import annotations
 

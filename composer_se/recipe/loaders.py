@@ -34,7 +34,7 @@ class Split(Protocol):
         ...
 
     def example(self) -> Tensor | None:
-        """One image as a network gets it, (C, H, W); None where it would have to be fetched first."""
+        """Returns one transformed image, (C, H, W), or None if it would have to be fetched first."""
         ...
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:

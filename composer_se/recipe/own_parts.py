@@ -19,7 +19,7 @@ def own_part(name: str, path: str, expected: str, fits: Callable[[Any], bool]) -
 
     Args:
         name: `package.module:name`.
-        path: The key path of the name, for the messages.
+        path: The recipe's key that holds the name, such as ``model.name``. Error messages start with it.
         expected: What it has to make, for the message.
         fits: Says that it made that.
 

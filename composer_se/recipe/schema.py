@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-__all__ = ["COMPONENT_SECTIONS", "NAMED_SECTIONS", "Recipe", "free_to_change", "keys"]
+__all__ = ["COMPONENT_SECTIONS", "NAMED_SECTIONS", "READING", "Recipe", "free_to_change", "keys"]
 
 # Sections that hold one component, chosen by its `name`, beside the component's own arguments.
 NAMED_SECTIONS = ("model", "train_dataset", "eval_dataset", "optimizer", "scheduler")
@@ -19,7 +19,7 @@ NAMED_SECTIONS = ("model", "train_dataset", "eval_dataset", "optimizer", "schedu
 COMPONENT_SECTIONS = ("algorithms", "callbacks", "loggers")
 
 # Arguments of a data set that change where and how fast images are read, and not the images.
-_READING = ("num_workers", "root")
+READING = ("num_workers", "root", "remote", "local", "cache_limit", "predownload")
 
 # Facts about keys. A key with neither `resume` nor `free` changes the trained weights.
 _FACTS = {
@@ -127,5 +127,5 @@ def free_to_change(*, when_resumed: bool) -> tuple[str, ...]:
     Args:
         when_resumed: In a run that continues. Else in a complete one, whose weights and accuracy are what they are.
     """
-    reading = tuple(f"{section}.{argument}" for section in ("train_dataset", "eval_dataset") for argument in _READING)
+    reading = tuple(f"{section}.{argument}" for section in ("train_dataset", "eval_dataset") for argument in READING)
     return (*keys("free"), *(keys("resume") if when_resumed else ()), *reading)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import gc
 import inspect
 import logging
@@ -27,7 +26,7 @@ from composer_se.errors import UserError, one_line
 from composer_se.recipe.arguments import construct
 from composer_se.recipe.loaders import Split
 from composer_se.recipe.schema import Recipe
-from composer_se.recipe.validate import Component, DataPlan, RunPlan
+from composer_se.recipe.validate import Component, DataPlan, RunPlan, log_once
 from composer_se.trainable import train_only
 
 __all__ = [
@@ -272,7 +271,8 @@ def _check_classes(outputs: int, name: str, splits: dict[str, Split]) -> None:
             )
     ours, *others = (split.classes for split in splits.values())
     if ours is not None and outputs > len(ours):
-        _warn_once(f"model.num_classes: {name} has {outputs} outputs for {len(ours)} classes; the others stay unused")
+        unused = f"model.num_classes: {name} has {outputs} outputs for {len(ours)} classes; the others stay unused"
+        log_once(logging.WARNING, unused)
     for theirs in others:
         if ours and theirs and {*ours} & {*theirs} and any(a != b for a, b in zip(ours, theirs, strict=False)):
             odd = ", ".join(map(repr, sorted({*ours} ^ {*theirs})[:5]))
@@ -280,9 +280,3 @@ def _check_classes(outputs: int, name: str, splits: dict[str, Split]) -> None:
                 f"eval_dataset: its classes are not those of train_dataset ({odd} in one of them only), so their "
                 "numbers differ"
             )
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """However often `compare` builds the same run."""
-    logging.getLogger(__name__).warning(message)

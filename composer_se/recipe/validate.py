@@ -31,6 +31,7 @@ __all__ = [
     "Component",
     "RunPlan",
     "count_classes",
+    "log_once",
     "make_plan",
     "plan_network",
     "squeeze_excite_options",
@@ -285,16 +286,17 @@ def _advise_identity(recipe: Recipe, plan: RunPlan) -> None:
     pretrained = pretrained or (recipe.load_path is not None and not recipe.load_strict_model_weights)
     blocks = next((part.arguments for part in plan.algorithms if part.target is SqueezeExcite), {"init": None})
     if pretrained and blocks.get("init", SqueezeExciteOptions.init) == "default":
-        _log_once(
+        log_once(
+            logging.INFO,
             "algorithms.squeeze_excite.init: blocks that start at random undo pretrained weights; init=identity leaves "
-            "the network as it is"
+            "the network as it is",
         )
 
 
 @functools.cache
-def _log_once(message: str) -> None:
-    """However often `compare` plans the same run."""
-    logging.getLogger(__name__).info(message)
+def log_once(level: int, message: str) -> None:
+    """Logs a message of a run once, however often `compare` plans and builds it."""
+    logging.getLogger(__name__).log(level, message)
 
 
 def squeeze_excite_options(recipe: Recipe) -> SqueezeExciteOptions | None:

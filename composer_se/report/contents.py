@@ -131,7 +131,7 @@ def gates_after_training(analysis: Content | None, picture: str | None) -> Conte
 
 
 def cost(study: Content | None) -> Content:
-    """The measurements of `composer-se cost`."""
+    """The table of what `composer-se cost` measured; empty if there is no study."""
     if study is None:
         return {}
     kinds = list(study["rows"][0]["times"])

@@ -29,7 +29,7 @@ def slim_recipe(recipe: Recipe, network: nn.Module, folder: Path) -> Recipe:
 
     Args:
         recipe: The original one. Its run folder with "-slim" at the end is the new one's.
-        network: Without the blocks that went.
+        network: The network without the removed blocks.
         folder: The folder of the weights.
     """
     kept = _convs_with_block(network)
@@ -64,7 +64,7 @@ def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, 
     Args:
         folder: The folder; made if it doesn't exist.
         recipe: From `slim_recipe`.
-        network: Without the blocks.
+        network: The network without the removed blocks.
         found: The content of `slim.json`.
 
     Returns:

@@ -11,10 +11,10 @@ from composer_se.show.pictures import BLACK, COLOURS, GREY, MARKERS, caption_bel
 __all__ = ["draw"]
 
 _CAPTION = (
-    "From above to below the gates of one block more are fixed at their means and multiplied into its layer, the least "
+    "From top to bottom, the gates of one block more are fixed at their means and multiplied into its layer, the least "
     "costly first. Left: the change of the accuracy, hollow on the images that decided, filled on those that decided "
     "nothing, with 95 % intervals. Right: the time of a forward pass over that with all blocks. The dashed line is the "
-    "network that was written: the fewest blocks with which the deciding images lose at most the tolerance."
+    "network that was written: as few blocks as possible while the deciding images lose at most the tolerance."
 )
 
 

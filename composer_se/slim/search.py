@@ -46,8 +46,8 @@ class Point:
     Attributes:
         fixed: The layer whose block it was; None for the network with all blocks.
         parameters: Of the network.
-        deciding: On the images that decide which blocks are fixed.
-        reporting: On the others.
+        deciding: The score on the images that decide which blocks are fixed.
+        reporting: The score on the images that decide nothing.
     """
 
     fixed: str | None
@@ -104,7 +104,7 @@ def find_curve(
     So fixing n blocks takes a few times n passes over the deciding images instead of n²/2.
 
     Args:
-        network: In evaluation mode; left as it was.
+        network: The network, in evaluation mode. It is not changed: the blocks are fixed in a copy.
         means: The gates by layer, from `mean_gates`.
         deciding: The images that decide.
         reporting: The images that don't.
