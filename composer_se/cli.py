@@ -51,9 +51,16 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
 
 
 def exit_code(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, name: str) -> int:
-    """Runs a command of this name: its exit code, or 2 with one line on stderr when the user's input was wrong."""
+    """Runs a command of this name.
+
+    Returns:
+        Its exit code; 2, with one line on stderr, when the user's input was wrong; 130 after Ctrl-C.
+    """
     try:
         return run(args)
+    except KeyboardInterrupt:
+        launch.leave_interrupted(f"\n{name}: stopped")
+        return 130
     except UserError as error:
         launch.leave_together(f"{name}: error: {error}")
         return 2

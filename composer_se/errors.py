@@ -35,7 +35,8 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     if not names:
         return "; it takes none"
-    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    begun = [valid for valid in names if name and valid.startswith(name)]
+    nearest = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if nearest:
         return f"; did you mean {nearest[0]!r}?"
     if len(names) <= 20:

@@ -180,7 +180,7 @@ def _convs_with_block(model: nn.Module) -> dict[nn.Module, int]:
 
 def _check_norms(model: nn.Module, choices: Sequence[ConvChoice]) -> None:
     norms = following_norms(model)
-    if without := [choice.name for choice in choices if choice.chosen and choice.conv not in norms]:
+    if without := [without_prefix(choice.name) for choice in choices if choice.chosen and choice.conv not in norms]:
         raise ValueError(
             f'placement is "norm", but no norm follows {len(without)} of the chosen convs ({", ".join(without[:3])}'
             f'{", …" if len(without) > 3 else ""}). Leave them out with exclude, or set placement="conv".'

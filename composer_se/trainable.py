@@ -97,7 +97,7 @@ def _chosen(model: nn.Module, patterns: Sequence[str]) -> set[_Part]:
 
 
 def _nearest(model: nn.Module, pattern: str) -> str:
-    modules = (name for name, _ in model.named_modules() if name not in ("", "module"))
+    modules = (name for name, part in model.named_modules() if name not in ("", "module") and [*part.parameters()])
     names = (*modules, *(name for name, _ in model.named_parameters()))
     known = [*_WORDS, *map(without_prefix, names)]
     return ", ".join(difflib.get_close_matches(without_prefix(pattern), known, n=3, cutoff=0.3) or known[:3])

@@ -24,8 +24,8 @@ from composer_se.errors import UserError
 from composer_se.recipe import validate
 from composer_se.recipe.load import load_recipe
 from composer_se.recipe.models import build_network, check_network, without_weights
-from composer_se.recipe.validate import make_plan
-from composer_se.recipe.weights import read_weights
+from composer_se.recipe.validate import advise_identity, make_plan
+from composer_se.recipe.weights import read_plain_weights, read_weights
 
 # One network of each family, with its classifier.
 CLASSIFIERS = {
@@ -227,8 +227,8 @@ def test_a_run_starts_from_the_weights_and_its_checkpoint_is_read_without_them()
         (["model={name: resnet18, weights: DEFAULT}"], True),
         (["model={name: timm/resnet18, pretrained: true}"], True),
         (["model={name: timm/resnet18, pretrained: false}"], False),
-        (["load_path=w.pt", "load_strict_model_weights=false"], True),
-        (["load_path=w.pt"], False),
+        (["load_path=plain.pt", "load_strict_model_weights=false"], True),
+        (["load_path=with_blocks.pt"], False),
         (["model={name: resnet18, weights: DEFAULT}", "algorithms.squeeze_excite.init=identity"], False),
         (["model={name: resnet18, weights: DEFAULT}", "algorithms.squeeze_excite=null"], False),
         ([], False),
@@ -237,11 +237,16 @@ def test_a_run_starts_from_the_weights_and_its_checkpoint_is_read_without_them()
 def test_identity_is_advised_where_random_blocks_would_undo_pretrained_weights(
     overrides: list[str], advised: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Path("w.pt").touch()
-    validate._log_once.cache_clear()
+    validate.log_once.cache_clear()
+    for name in ("plain.pt", "with_blocks.pt"):
+        network = build_network("cifar_resnet20", in_channels=1)
+        if name == "with_blocks.pt":
+            composer_se.apply_squeeze_excite(network, min_channels="auto")
+        torch.save(network.state_dict(), name)
+    recipe = load_recipe("digits", overrides)
     with caplog.at_level("INFO", "composer_se"):
         for _ in range(2):
-            make_plan(load_recipe("digits", overrides))
+            advise_identity(make_plan(recipe), read_plain_weights(recipe.load_path))
     assert sum("init=identity" in message for message in caplog.messages) == advised
 
 

@@ -89,5 +89,5 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line() -> None:
 def test_a_complete_run_with_another_load_path_is_another_run() -> None:
     assert run() == 0
     save_weights("se.pt", with_se=True)
-    with pytest.raises(UserError, match=r"load_path \(was None, now 'se\.pt'\)"):
+    with pytest.raises(UserError, match=r"load_path \(was null, now 'se\.pt'\)"):
         run("load_path=se.pt")

@@ -157,7 +157,7 @@ def test_a_run_resumes_with_the_same_patterns_only(
     monkeypatch.chdir(tmp_path)
     assert main([*RUN, "max_duration=2ba"]) == 0
     assert main([*RUN[:-1], "max_duration=3ba"]) == 2
-    assert "trainable (was ['se', 'head'], now None)" in capfd.readouterr().err
+    assert "trainable (was ['se', 'head'], now null)" in capfd.readouterr().err
 
 
 if __name__ == "__main__":

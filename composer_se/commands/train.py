@@ -75,10 +75,10 @@ def _train_and_show(recipe: Recipe) -> None:
         return
     if os.environ.get("RANK", "0") == "0":
         write_run_report(Path(recipe.run_folder))
-    if recipe.save_num_checkpoints_to_keep >= 0:
+    kept = recipe.save_num_checkpoints_to_keep
+    if kept >= 0:
         launch.say(
-            f"{recipe.save_folder} holds the last {recipe.save_num_checkpoints_to_keep} checkpoints; "
-            "save_num_checkpoints_to_keep=-1 keeps all"
+            f"{recipe.save_folder} holds the last {kept} checkpoints at most; save_num_checkpoints_to_keep=-1 keeps all"
         )
 
 

@@ -15,7 +15,7 @@ from composer_se.compare.judgement import Judgement
 from composer_se.compare.run import Findings
 from composer_se.measure.uncertainty import Interval, ratio_of_means
 from composer_se.show.terminal import new_table
-from composer_se.show.text import markdown_table, to_json
+from composer_se.show.text import markdown_table, plural, to_json
 
 __all__ = ["as_json", "as_markdown", "command", "conditions", "print_judgements", "print_speeds"]
 
@@ -35,7 +35,7 @@ _SMALL_PRINT = (
 def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], console: Console) -> None:
     """Prints the table, which fits 80 columns, and a sentence on each arm."""
     seeds = len(judgements[0].accuracies)
-    title = f"{comparison.recipe}: {seeds} {'seed' if seeds == 1 else 'seeds'} per arm"
+    title = f"{comparison.recipe}: {plural(seeds, 'seed')} per arm"
     table = new_table(title, _EXPLANATION, _HEADS[0], [head.replace(" ", "\n", 1) for head in _HEADS[1:]])
     for judged in judgements:
         table.add_row(*_cells(judged, "\n"))

@@ -14,6 +14,7 @@ from composer_se.cost.study import Study
 from composer_se.cost.variants import PLAIN, Variant
 from composer_se.measure.uncertainty import Interval
 from composer_se.show.terminal import new_table
+from composer_se.show.text import plural
 
 __all__ = ["as_dict", "conditions", "print_study"]
 
@@ -42,7 +43,7 @@ def conditions(study: Study) -> str:
     parts = [f"batch {settings.batch_size}", f"{settings.image_size}² pixels", settings.precision, str(settings.device)]
     parts += ["channels last"] * settings.channels_last + ["compiled"] * settings.compiled
     parts += [f"{key} {value}" for key, value in settings.shared_options().items()]
-    parts += [f"{settings.instances} instances", f"{settings.rounds} rounds"]
+    parts += [plural(settings.instances, "instance"), plural(settings.rounds, "round")]
     return ", ".join(parts)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 from composer_se.gates.analysis import Analysis
 from composer_se.gates.picture import pictured_classes
 from composer_se.show.terminal import new_table
+from composer_se.show.text import plural
 
 __all__ = ["as_dict", "print_analysis"]
 
@@ -46,7 +47,7 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
         surest_first = sorted(spare, key=lambda layer: -layer.ablation.change.low)
         missed = 100 * max(layer.ablation.change.half_width for layer in spare)
         console.print(
-            f"Fixing the gates of one layer showed no loss in {len(spare)} layers, surest first: "
+            f"Fixing the gates of one layer showed no loss in {plural(len(spare), 'layer')}, surest first: "
             f"{', '.join(layer.name for layer in surest_first)}. {analysis.num_images:,} images can miss a loss of "
             f"{missed:.2f} points. Each layer was tried alone, and several together may cost more: "
             "composer-se slim fixes one after the other.",

@@ -26,7 +26,7 @@ class Machine:
     load: float | None  # average over the minute before; 0 on a quiet machine, None if the system has none
 
     def __str__(self) -> str:
-        parts = [f"{self.cpu}, {self.cpus} CPUs, {self.threads} torch threads"]
+        parts = [f"{self.cpu}, {self.cpus} CPUs, {self.threads} torch {'thread' if self.threads == 1 else 'threads'}"]
         if self.gpu:
             parts.append(self.gpu)
         parts += [f"torch {self.torch}", self.system]

@@ -13,9 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from composer_se.errors import UserError, did_you_mean, one_line
 
-__all__ = ["check_arguments", "construct", "signature", "type_hints"]
+__all__ = ["argument_blamed", "check_arguments", "construct", "signature", "type_hints"]
 
 
 def check_arguments(
@@ -72,10 +74,10 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
         raise
     except (ValueError, TypeError, ImportError, OSError, NotImplementedError, AssertionError) as error:
         message = one_line(error) or type(error).__name__
-        raise UserError(f"{path}{_argument_blamed(message, kwargs)}: {message}") from error
+        raise UserError(f"{path}{argument_blamed(message, kwargs)}: {message}") from error
 
 
-def _argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
+def argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
     """The end of the path to the argument that a message is about, as far as the message shows it.
 
     The message begins with the argument's name, or is one of torch's ("Invalid learning rate: -1") and holds the name
@@ -206,7 +208,8 @@ def _spell(hint: Any) -> str:
     """A type as a user would name it."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_spell(arm) for arm in typing.get_args(hint)))
+        arms = [arm for arm in typing.get_args(hint) if arm is not torch.Tensor]  # which YAML can't write
+        return " or ".join(dict.fromkeys(map(_spell, arms)))
     if origin is typing.Literal:
         return "one of " + ", ".join(repr(value) for value in typing.get_args(hint))
     if inspect.isclass(hint) and issubclass(hint, enum.Enum):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -33,7 +34,8 @@ class ImageTree(ImageFolder):
             return super().__getitem__(index)
         except (OSError, SyntaxError, ValueError) as error:  # PIL's, and that of a damaged PNG
             path = self.samples[index][0]
-            raise UserError(f"{path}: can't be read ({one_line(error)}); repair or delete this image") from error
+            fault = "no image of a known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
+            raise UserError(f"{path}: can't be read ({fault}); repair or delete this image") from error
 
 
 def split_folder(root: Path, train: bool) -> tuple[Path, bool]:

@@ -37,7 +37,8 @@ def own_part(name: str, path: str, expected: str, fits: Callable[[Any], bool]) -
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does when it is imported
         raise UserError(
-            f"{path}: {name}: module {module_name!r} can't be imported ({type(error).__name__}: {one_line(error)})"
+            f"{path}: {name}: module {module_name!r} can't be imported ({type(error).__name__}: {one_line(error)}); "
+            "modules are looked for in the current folder, on PYTHONPATH and among what is installed"
         ) from error
     make: Any = getattr(module, attribute, None)
     if not callable(make):

@@ -28,6 +28,7 @@ from composer_se.recipe.metrics import MetricsFile
 from composer_se.recipe.run_folder import (
     check_classes,
     check_unchanged,
+    is_under_way,
     metrics_file,
     read_finished,
     write_classes,
@@ -36,7 +37,7 @@ from composer_se.recipe.run_folder import (
 )
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
-from composer_se.recipe.validate import RunPlan, make_plan, squeeze_excite_options
+from composer_se.recipe.validate import RunPlan, advise_identity, make_plan, squeeze_excite_options
 from composer_se.recipe.weights import LoadedWeights, read_plain_weights
 
 __all__ = ["exit_code_of", "train"]
@@ -69,9 +70,6 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
     if finished:
         return finished, True
     trainer, metrics = _build(recipe, plan, callbacks)
-    at = trainer.state.timestamp
-    if int(at.batch):
-        say(f"continuing {recipe.run_folder} from its checkpoint of epoch {int(at.epoch)}, batch {int(at.batch)}")
     if not _is_trained(trainer):
         trainer.fit()
     elif trainer.state.evaluators:
@@ -151,10 +149,12 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
     if squeeze_excite_options(recipe) is not None:  # our blocks take the place of the built-in's
         options["load_exclude_algorithms"] = [*(recipe.load_exclude_algorithms or ()), "SqueezeExcite"]
+    advise_identity(plan, weights)
     if weights is not None:
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
         parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))
         options["load_path"] = None
+    begins = not is_under_way(recipe)
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
@@ -167,6 +167,8 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
             save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
             **options,
         )
+        if begins:
+            _say_where_load_path_begins(recipe, trainer)
     except (UserError, RuntimeError) as error:
         misfit = recipe.load_path and "loading state_dict" in str(error)  # a checkpoint of another network
         if dist.get_global_rank() == 0 and (misfit or isinstance(error, UserError)):
@@ -177,10 +179,31 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
                 "fits, load_ignore_keys=[...] leaves weights out"
             ) from error
         raise
+    if not begins and int(trainer.state.timestamp.batch):
+        say(f"continuing {recipe.run_folder} from its checkpoint of {_position(trainer)}")
     if dist.get_global_rank() == 0:
         write_recipe(recipe)
         write_classes(recipe, parts.classes)
     return trainer, metrics
+
+
+def _say_where_load_path_begins(recipe: Recipe, trainer: Trainer) -> None:
+    """A checkpoint brings its clock along.
+
+    Raises:
+        UserError: The clock stands at the end.
+    """
+    if _is_trained(trainer):
+        raise UserError(
+            f"load_path: {recipe.load_path}: is a checkpoint of {_position(trainer)}, where max_duration="
+            f"{recipe.max_duration} ends; take its weights alone with load_weights_only=true, or raise max_duration"
+        )
+    if int(trainer.state.timestamp.batch):
+        say(f"starting {recipe.run_folder} from {recipe.load_path}, a checkpoint of {_position(trainer)}")
+
+
+def _position(trainer: Trainer) -> str:
+    return f"epoch {int(trainer.state.timestamp.epoch)}, batch {int(trainer.state.timestamp.batch)}"
 
 
 def _remove(new_folders: list[Path]) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "check_classes",
     "check_unchanged",
     "describe_changes",
+    "is_under_way",
     "metrics_file",
     "read_classes",
     "read_finished",
@@ -54,6 +55,14 @@ def read_finished(recipe: Recipe) -> dict[str, Any] | None:
     return summary if reached.get(wanted.unit.value, 0) >= wanted.value else None
 
 
+def is_under_way(recipe: Recipe) -> bool:
+    """True when the run is complete or may have a checkpoint, here or where this recipe would look for one."""
+    if "://" in recipe.save_folder or (Path(recipe.run_folder) / "summary.json").is_file():
+        return True
+    checkpoint = "latest-rank*.pt"
+    return any(Path(recipe.run_folder).rglob(checkpoint)) or any(Path(recipe.save_folder).glob(checkpoint))
+
+
 def check_unchanged(recipe: Recipe) -> None:
     """Refuses to continue a run with a recipe that would have led elsewhere.
 
@@ -61,7 +70,7 @@ def check_unchanged(recipe: Recipe) -> None:
         UserError: The run is complete or has a checkpoint, and its recipe differs in a key that matters.
     """
     path = Path(recipe.run_folder) / "recipe.yaml"
-    if not path.is_file() or not _is_under_way(recipe):
+    if not path.is_file() or not is_under_way(recipe):
         return
     try:
         stored = load_recipe(str(path.absolute()))  # with defaults for keys that the version it ran on did not know
@@ -94,7 +103,7 @@ def check_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
         UserError: The run is complete or has a checkpoint, and was trained on other classes.
     """
     before = read_classes(Path(recipe.run_folder))
-    if before and classes and before != [*classes] and _is_under_way(recipe):
+    if before and classes and before != [*classes] and is_under_way(recipe):
         odd = sorted({*before} ^ {*classes})
         how = f"{odd[0]!r} is in one of them only" if odd else "their order is another"
         raise UserError(
@@ -116,7 +125,7 @@ def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Seque
     """
     before, now = _flatten(stored), _flatten(recipe)
     return ", ".join(
-        f"{key} (was {before.get(key)!r}, now {now.get(key)!r})"
+        f"{key} (was {_shown(before.get(key))}, now {_shown(now.get(key))})"
         for key in sorted({*before, *now})
         if before.get(key) != now.get(key) and not any(_is_under(key, ancestor) for ancestor in free)
     )
@@ -138,14 +147,6 @@ def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
     replace_file(Path(recipe.run_folder) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _is_under_way(recipe: Recipe) -> bool:
-    """True when the run is complete or may have a checkpoint, here or where this recipe would look for one."""
-    if "://" in recipe.save_folder or (Path(recipe.run_folder) / "summary.json").is_file():
-        return True
-    checkpoint = "latest-rank*.pt"
-    return any(Path(recipe.run_folder).rglob(checkpoint)) or any(Path(recipe.save_folder).glob(checkpoint))
-
-
 def _flatten(content: Any, path: str = "") -> dict[str, Any]:
     """Leaves by dotted path. An empty mapping is a leaf; a missing key and null are the same."""
     if not isinstance(content, dict) or (path and not content):
@@ -154,6 +155,10 @@ def _flatten(content: Any, path: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat.update(_flatten(value, f"{path}.{key}" if path else str(key)))
     return flat
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _is_under(key: str, ancestor: str) -> bool:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from composer_se.errors import UserError, one_line
-from composer_se.recipe.arguments import construct
+from composer_se.recipe.arguments import argument_blamed, construct
 from composer_se.recipe.loaders import Split
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.validate import Component, DataPlan, RunPlan, log_once
@@ -239,7 +239,8 @@ def _build_algorithm(component: Component) -> Algorithm:
         except (ValueError, TypeError) as error:
             if event is not Event.INIT:
                 raise
-            raise UserError(f"{component.path}: {one_line(error)}") from error
+            message = one_line(error)
+            raise UserError(f"{component.path}{argument_blamed(message, component.arguments)}: {message}") from error
 
     algorithm.apply = named_apply
     return algorithm

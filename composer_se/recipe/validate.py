@@ -10,7 +10,7 @@ import inspect
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ from composer_se.recipe.schema import Recipe
 __all__ = [
     "Component",
     "RunPlan",
+    "advise_identity",
     "count_classes",
     "log_once",
     "make_plan",
@@ -101,7 +102,6 @@ def make_plan(recipe: Recipe) -> RunPlan:
     )
     _check_same_split(recipe)
     _check_warmup(recipe, plan.scheduler)
-    _advise_identity(recipe, plan)
     for logger in plan.loggers:
         if logger.target is TensorboardLogger:  # which else writes into the current folder
             logger.arguments.setdefault("log_dir", f"{recipe.run_folder}/tensorboard")
@@ -279,11 +279,15 @@ def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
         )
 
 
-def _advise_identity(recipe: Recipe, plan: RunPlan) -> None:
-    """Random blocks make a pretrained network start worse than it is."""
+def advise_identity(plan: RunPlan, loaded: Iterable[str] | None) -> None:
+    """Logs that random blocks make a pretrained network start worse than it is.
+
+    Args:
+        plan: Of the run.
+        loaded: The names of the weights in the file of `load_path`, if there is one.
+    """
     pretrained = any(plan.model.arguments.get(key) for key in ("weights", "pretrained"))
-    # A file that is loaded strictly has the blocks in it.
-    pretrained = pretrained or (recipe.load_path is not None and not recipe.load_strict_model_weights)
+    pretrained = pretrained or (loaded is not None and not any(".se.pool_and_mlp." in name for name in loaded))
     blocks = next((part.arguments for part in plan.algorithms if part.target is SqueezeExcite), {"init": None})
     if pretrained and blocks.get("init", SqueezeExciteOptions.init) == "default":
         log_once(

@@ -6,6 +6,7 @@ weights, are not made: unpickling them could run any code.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import zipfile
@@ -24,6 +25,8 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from composer_se.errors import UserError, one_line
 
 __all__ = ["LoadedWeights", "load_weights", "read_plain_weights", "read_weights"]
+
+log = logging.getLogger(__name__)
 
 
 def read_weights(path: str, key: str) -> Mapping[str, Tensor]:
@@ -74,9 +77,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
             "name it in load_path instead"
         )
     if differences:
-        shown = ", ".join(f"{name} {fault}" for name, fault in differences[:3])
-        more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-        raise UserError(f"model.weights: {source}: is not of this network: {shown}{more}")
+        raise UserError(f"model.weights: {source}: is not of this network: {_first_three(differences)}")
     for name in classifier:
         del theirs[name]
     network.load_state_dict(theirs, strict=False)
@@ -115,12 +116,17 @@ class LoadedWeights(Algorithm):
         for name in [*kept]:
             if any(fnmatchcase(name, pattern) for pattern in self.ignored):
                 del kept[name]
+        ours = module.state_dict()
+        misfits = [(name, fault) for name, fault in _differences(ours, kept) if name in kept and name in ours]
+        if misfits:
+            raise UserError(
+                f"load_path: {self.path}: is not of this network: {_first_three(misfits)}; leave weights out with "
+                "load_ignore_keys=[...]"
+            )
         try:
             missing, unexpected = module.load_state_dict(kept, strict=False)
-        except RuntimeError as error:  # shapes
-            raise UserError(
-                f"load_path: {self.path}: {one_line(error)}; leave such weights out with load_ignore_keys=[...]"
-            ) from error
+        except RuntimeError as error:  # blocks with another start
+            raise UserError(f"load_path: {self.path}: {one_line(error)}") from error
         if self.strict and (missing or unexpected):
             raise UserError(
                 f"load_path: {self.path}: lacks {len(missing)} of the network's weights and holds {len(unexpected)} "
@@ -128,6 +134,14 @@ class LoadedWeights(Algorithm):
             )
         if len(unexpected) == len(kept):
             raise UserError(f"load_path: {self.path}: holds none of the network's weights")
+        if missing or unexpected:
+            log.info(
+                "load_path: %s: loaded %d of the network's %d weights; it holds %d others.",
+                self.path,
+                len(ours) - len(missing),
+                len(ours),
+                len(unexpected),
+            )
 
 
 class _Ignored:
@@ -218,6 +232,11 @@ def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> It
     for name in theirs:
         if name not in ours and not re.match("aux", name, re.IGNORECASE):
             yield name, "is left over"
+
+
+def _first_three(differences: Sequence[tuple[str, str]]) -> str:
+    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+    return ", ".join(f"{name} {fault}" for name, fault in differences[:3]) + more
 
 
 def _is_in_a_block(name: str, network: nn.Module) -> bool:

@@ -7,7 +7,12 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["duration", "markdown_table", "to_json"]
+__all__ = ["duration", "markdown_table", "plural", "to_json"]
+
+
+def plural(count: int, noun: str) -> str:
+    """A number of things, such as `1 layer` and `2 layers`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
 def duration(seconds: float) -> str:
