@@ -6,6 +6,7 @@ Imports nothing but the standard library, so that a command can refuse wrong inp
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 __all__ = [
     "available_cores",
     "is_local_rank_zero",
+    "keep_freed_memory",
     "leave_interrupted",
     "leave_together",
     "log_on_terminal",
@@ -27,10 +29,14 @@ __all__ = [
 ]
 
 # How two cores are used. Waking a second thread costs more than it gives where maps are small: six epochs of `digits`
-# take 12.4 s with two threads that wait passively, 8.8 s with one. Threads that wait actively are slow on a busy
-# machine: 20 s with one core taken, 12.8 s passively.
+# take 16 s with two threads that wait passively, 13 s with one. Threads that wait actively are slow on a busy machine:
+# 43 s with one core taken, 17 s passively.
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
+
+# Of glibc's malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGE = 2**31 - 1  # bytes, the largest int
 
 _CHOSEN_HERE = "COMPOSER_SE_CHOOSES_THREADS"
 
@@ -123,6 +129,20 @@ def share_cores() -> None:
         os.environ["OMP_NUM_THREADS"] = str(available_cores())
         os.environ[_CHOSEN_HERE] = "1"
     os.environ.setdefault("OMP_WAIT_POLICY", WAIT_POLICY)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc keep the memory that tensors free for the next step, unless the user's environment sets `MALLOC_…`.
+
+    By default large blocks go back to the system, which clears every page when they are asked for again. A training
+    step of a ResNet-50 at batch 16 takes 4.9 s with it and 5.0 to 6.8 s without, on two cores.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc alone
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        mallopt(_M_TRIM_THRESHOLD, _LARGE)
 
 
 def threads_for(pixels: int) -> int | None:

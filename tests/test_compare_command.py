@@ -26,6 +26,7 @@ from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
 from composer_se.compare.run import check
 from composer_se.errors import UserError
+from composer_se.measure import timing
 from composer_se.recipe.run import train
 from composer_se.recipe.trainer import build_parts
 from composer_se.recipe.validate import make_plan
@@ -40,6 +41,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(kept_speeds, "ROUNDS", 2)
     monkeypatch.setattr(speed, "TURN_SECONDS", 0.1)
+    monkeypatch.setattr(timing, "VISIT_SECONDS", 0.1)
     return tmp_path
 
 

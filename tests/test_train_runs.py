@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from recipe_runs import TINY, assert_same_weights, final_state, train, train_until
+from recipe_runs import TINY, assert_same_weights, environment, final_state, train, train_until
 
 import composer_se
 from composer_se.recipe.data import digits
@@ -96,6 +99,22 @@ def test_complete_run_is_left_alone_and_can_be_extended(uninterrupted: Path) -> 
     assert before == {path: path.stat().st_mtime_ns for path in (uninterrupted / "runs").rglob("*")}
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@pytest.mark.parametrize(("call", "kept"), [("keep_freed_memory()", True), ("share_cores()", False)])
+def test_memory_that_tensors_free_is_kept_without_new_page_faults(call: str, kept: bool) -> None:
+    faults = "import resource; faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+    code = f"""{faults}
+from composer_se import launch
+launch.{call}
+import torch
+torch.ones(2**24)
+before = faults()
+torch.ones(2**24)
+print(faults() - before)"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1000) == kept  # of 16384 pages
+
+
 def test_interrupted_run_says_how_to_continue(tmp_path: Path) -> None:
     output = train_until(tmp_path, 7, signal.SIGINT, "digits", *TINY, "max_duration=300ep")
     assert "the same command continues" in output
@@ -123,11 +142,6 @@ def test_two_processes_share_the_batch_and_end_with_equal_weights(tmp_path: Path
         "Trainer.close = keep\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
-    import subprocess
-    import sys
-
-    from recipe_runs import environment
-
     launcher = str(Path(sys.executable).parent / "composer")
     arguments = ["digits", *TINY, "max_duration=1ep"]
     done = subprocess.run(

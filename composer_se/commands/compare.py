@@ -54,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     """
     comparison = _comparison(args)
     launch.share_cores()  # before torch is imported
+    launch.keep_freed_memory()
 
     from composer_se.compare.run import check
     from composer_se.recipe.run import exit_code_of

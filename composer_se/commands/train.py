@@ -49,6 +49,7 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
     loaded = load_recipe(recipe, overrides)
     launch.share_cores()  # before torch is imported
+    launch.keep_freed_memory()
 
     from composer_se.recipe.run import exit_code_of
 
