@@ -283,7 +283,7 @@ def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_
         (["run_name=x"], "error: run_name is set by the comparison"),
         (
             ["--arm", "a", "--arm", "b", "algorithms.squeeze_excite.include=blocks*"],
-            "algorithms.squeeze_excite: include",
+            "algorithms.squeeze_excite.include: include",
         ),
     ],
 )

@@ -45,12 +45,12 @@ def test_readme_is_for_someone_who_has_two_minutes() -> None:
 
 @pytest.mark.parametrize(("page", "code"), blocks("python"))
 def test_python_block_runs_and_prints_what_its_comment_says(
-    page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {"__name__": "__main__"})
     promised = re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-    assert capsys.readouterr().out.splitlines() == promised
+    assert capfd.readouterr().out.splitlines() == promised
 
 
 def test_make_targets_exist() -> None:

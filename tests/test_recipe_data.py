@@ -159,7 +159,7 @@ def test_a_damaged_image_is_named_in_one_line(tmp_path: Path, num_workers: int) 
     loader = imagenet(train=True, root=str(tmp_path)).loader(1, 0, True, num_workers, pin_memory=False)
     with pytest.raises(UserError) as error:
         next(iter(loader))
-    assert str(error.value).startswith(f"{folder / '1.jpg'}: can't be read (cannot identify image file")
+    assert str(error.value).startswith(f"{folder / '1.jpg'}: can't be read (no image of a known format")
     assert "\n" not in str(error.value)
 
 

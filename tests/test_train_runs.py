@@ -107,12 +107,14 @@ def test_memory_that_tensors_free_is_kept_without_new_page_faults(call: str, kep
 from composer_se import launch
 launch.{call}
 import torch
-torch.ones(2**24)
-before = faults()
-torch.ones(2**24)
-print(faults() - before)"""
+counts = []
+for _ in range(10):
+    before = faults()
+    torch.ones(2**24)
+    counts.append(faults() - before)
+print(min(counts))"""
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 1000) == kept  # of 16384 pages
+    assert (int(done.stdout) < 1000) == kept  # of 16384 pages; other blocks may take a part of the free one at times
 
 
 def test_interrupted_run_says_how_to_continue(tmp_path: Path) -> None:
