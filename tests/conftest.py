@@ -7,10 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from composer_se.measure import timing
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _short_visits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test depends on how long something takes."""
+    monkeypatch.setattr(timing, "VISIT_SECONDS", 0.05)
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,6 @@ from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
 from composer_se.compare.run import check
 from composer_se.errors import UserError
-from composer_se.measure import timing
 from composer_se.recipe.run import train
 from composer_se.recipe.trainer import build_parts
 from composer_se.recipe.validate import make_plan
@@ -35,14 +34,27 @@ from composer_se.recipe.validate import make_plan
 TINY = ("model.name=cifar_resnet8", "train_batch_size=16", "train_subset_num_batches=5", "max_duration=2ep")
 
 
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(kept_speeds, "ROUNDS", 2)
     monkeypatch.setattr(speed, "TURN_SECONDS", 0.1)
-    monkeypatch.setattr(timing, "VISIT_SECONDS", 0.1)
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    prepare(tmp_path, monkeypatch)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A comparison of one seed. Not to be changed: copy it."""
+    folder = tmp_path_factory.mktemp("compared")
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(folder, patch)
+        assert compare("--seeds", "1") == 0
+    return folder / "out"
 
 
 def comparison(*arms: Arm, seeds: int = 1, overrides: tuple[str, ...] = TINY) -> Comparison:
@@ -115,8 +127,8 @@ def test_a_folder_that_cannot_be_written_is_named_before_anything_is_measured(
     assert "make room" not in error
 
 
-def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(capsys) -> None:
-    assert compare("--seeds", "1") == 0
+def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(compared: Path) -> None:
+    shutil.copytree(compared, "out", symlinks=True)
     before = json.loads(Path("out/results.json").read_text())
     stamp = Path("out/runs/plain-seed17/summary.json").stat().st_mtime_ns
     wide = ["--arm", "wide", "algorithms.squeeze_excite.min_channels=1"]
@@ -130,8 +142,8 @@ def test_more_seeds_and_arms_later_leave_the_runs_and_speeds_before_as_they_are(
     assert after["runs"]["wide"][0]["se_layers"] == 7
 
 
-def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(capsys) -> None:
-    assert compare("--seeds", "1") == 0
+def test_another_recipe_or_a_damaged_file_in_the_folder_is_refused(compared: Path, capsys) -> None:
+    shutil.copytree(compared, "out", symlinks=True)
     for change in ("max_duration=3ep", "optimizer.lr=0.3", "eval_subset_num_batches=1"):
         assert main(["compare", "digits", *TINY, change, "--seeds", "1", "--out", "out"]) == 2
         error = capsys.readouterr().err
@@ -314,10 +326,10 @@ def test_a_word_that_is_no_override_is_refused(capsys) -> None:
 
 
 def command(*arguments: str, processes: int | None = None) -> list[str]:
-    words = ["compare", "digits", *TINY, "--out", "out", *arguments]
+    words = [str(Path(__file__).parent / "short_compare.py"), "digits", *TINY, "--out", "out", *arguments]
     if processes is None:
-        return [sys.executable, "-m", "composer_se.cli", *words]
-    return [str(Path(sys.executable).parent / "composer"), "-n", str(processes), "-m", "composer_se.cli", *words]
+        return [sys.executable, *words]
+    return [str(Path(sys.executable).parent / "composer"), "-n", str(processes), *words]
 
 
 @pytest.mark.launch
@@ -337,7 +349,7 @@ def test_an_interrupted_comparison_continues_to_the_same_result(stop: signal.Sig
         assert process.returncode == 130
         assert "the same command continues" in error
     speeds = (tmp_path / "out/speeds.json").read_text()
-    assert main(command(*arguments)[3:]) == 0
+    assert compare(*arguments) == 0
     assert (tmp_path / "out/speeds.json").read_text() == speeds
     found = json.loads((tmp_path / "out/results.json").read_text())
 

@@ -43,7 +43,7 @@ def held_out_accuracy(weights: dict) -> float:
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = train(folder, "digits", *TINY, "max_duration=3ep", "save_interval=2ba", processes=1)
+    done = train(folder, "digits", *TINY, "max_duration=3ep", "save_interval=2ba")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -69,9 +69,9 @@ def test_run_leaves_its_folder_and_a_table(uninterrupted: Path) -> None:
 
 def test_run_killed_in_mid_epoch_ends_with_the_weights_of_one_never_killed(uninterrupted: Path, tmp_path: Path) -> None:
     arguments = ("digits", *TINY, "max_duration=3ep", "save_interval=2ba")
-    train_until(tmp_path, 10, signal.SIGKILL, *arguments, processes=1)  # in the second epoch
+    train_until(tmp_path, 10, signal.SIGKILL, *arguments)  # in the second epoch
     assert not (tmp_path / "runs/digits/summary.json").exists()
-    resumed = train(tmp_path, *arguments, processes=1)
+    resumed = train(tmp_path, *arguments)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "continuing runs/digits" in resumed.stderr
     assert "Traceback" not in resumed.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from composer_se.cost.levels import find_levels
+from composer_se.measure import timing
 from composer_se.measure.timing import steps_per_visit, time_in_turns
 from composer_se.measure.uncertainty import Interval
 
@@ -113,7 +114,8 @@ def test_every_instance_is_visited_once_a_round_in_changing_order():
     assert len(set(rounds)) > 1
 
 
-def test_a_visit_always_begins_with_untimed_steps():
+def test_a_visit_always_begins_with_untimed_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(timing, "VISIT_SECONDS", 1.0)
     assert steps_per_visit(10.0) == (2, 3)
     assert steps_per_visit(0.1) == (2, 10)
     assert steps_per_visit(1e-5) == (25, 100)

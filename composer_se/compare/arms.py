@@ -71,12 +71,12 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
     """
     reserved = keys("set")  # the comparison sets these keys itself, so that each run has its own
     _refuse(comparison.overrides, [key for key in reserved if key != "seed"])
-    load_recipe(comparison.recipe, comparison.overrides)  # what is wrong in all arms is no arm's fault
+    seed = _seed(comparison, seed_index)  # what is wrong in all arms is no arm's fault
     recipes: dict[str, Recipe] = {}
     for arm in comparison.arms:
         with checking(arm.name):
             _refuse(arm.overrides, reserved)
-            recipe = recipes[arm.name] = _placed(comparison, arm, arm.slug, seed_index)
+            recipe = recipes[arm.name] = _placed(comparison, arm, arm.slug, seed)
             if recipe.eval_dataset is None:
                 raise UserError("eval_dataset is null: there would be no accuracy to compare")
             _check_comparable(recipe, recipes[comparison.reference.name], comparison.reference.name)
@@ -105,19 +105,23 @@ def lengthened(comparison: Comparison, seed_index: int, batches_before: int, bat
     """A run of the reference with another number of steps than before, its schedule stretched to fit."""
     reference = comparison.reference
     name = f"{reference.slug}-{batches}ba"
-    recipe = _placed(comparison, reference, name, seed_index)
+    seed = _seed(comparison, seed_index)
+    recipe = _placed(comparison, reference, name, seed)
     if recipe.scheduler is None:
-        return _placed(comparison, reference, name, seed_index, f"max_duration={batches}ba")
+        return _placed(comparison, reference, name, seed, f"max_duration={batches}ba")
     # Composer multiplies the duration by the ratio too, and rounds down.
     unscaled = round(batches_before / recipe.scale_schedule_ratio)
     stretched = (f"max_duration={unscaled}ba", f"scale_schedule_ratio={(batches + 0.5) / unscaled}")
-    return _placed(comparison, reference, name, seed_index, *stretched)
+    return _placed(comparison, reference, name, seed, *stretched)
 
 
-def _placed(comparison: Comparison, arm: Arm, name: str, seed_index: int, *overrides: str) -> Recipe:
+def _seed(comparison: Comparison, seed_index: int) -> int:
+    return load_recipe(comparison.recipe, comparison.overrides).seed + seed_index
+
+
+def _placed(comparison: Comparison, arm: Arm, name: str, seed: int, *overrides: str) -> Recipe:
     """An arm's recipe with a seed and a folder of its own, which `${run_folder}` and the like refer to."""
     overrides = (*comparison.overrides, *arm.overrides, *overrides)
-    seed = load_recipe(comparison.recipe, overrides).seed + seed_index
     run_name = f"{name}-seed{seed}"
     run_folder = str(comparison.folder / "runs" / run_name)
     place = {
