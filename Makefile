@@ -69,7 +69,7 @@ claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop
 
 slim: $(VENV)/dev.stamp ## train a ResNet-20 with SE on all convs, slim it, write docs/slim.md: an hour on two quiet cores
 	$(BIN)/composer-se train fashion_mnist run_name=slim max_duration=5ep $(ALL_CONVS) \
-	    train_dataset.root=$(FASHION_MNIST)
+	    algorithms.squeeze_excite.init=identity train_dataset.root=$(FASHION_MNIST)
 	$(BIN)/composer-se slim runs/slim --data fashion_mnist:$(FASHION_MNIST)
 	cp runs/slim/slim/slim.json docs/results/slim-fashion-mnist.json
 	cp runs/slim/slim/slim.png docs/slim-fashion-mnist.png
