@@ -35,7 +35,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     names = sorted(valid)
     if not names:
         return "; it takes none"
-    begun = [valid for valid in names if name and valid.startswith(name)]
+    begun = [known for known in names if name and known.startswith(name)]
     nearest = begun or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if nearest:
         return f"; did you mean {nearest[0]!r}?"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import inspect
@@ -14,9 +15,11 @@ import torch
 from torch import nn
 
 from composer_se import launch
+from composer_se.cli import exit_code
 from composer_se.commands.train import run_recipe
-from composer_se.errors import UserError
+from composer_se.errors import UserError, did_you_mean
 from composer_se.recipe.load import load_recipe
+from composer_se.recipe.run_folder import describe_changes
 from composer_se.recipe.schema import Recipe, free_to_change, keys
 from composer_se.recipe.trainer import try_network
 from composer_se.recipe.validate import make_plan
@@ -252,6 +255,29 @@ def test_a_key_that_decides_the_weights_may_not_change() -> None:
         assert not decides & set(free_to_change(when_resumed=when_resumed))
     assert "max_duration" in free_to_change(when_resumed=True)
     assert "max_duration" not in free_to_change(when_resumed=False)
+
+
+@pytest.mark.parametrize("argument", ["root", "num_workers", "remote", "local", "cache_limit", "predownload"])
+def test_where_and_how_images_are_read_may_change(argument: str) -> None:
+    stored, now = ({"train_dataset": {argument: value}} for value in (1, 2))
+    for when_resumed in (True, False):
+        assert describe_changes(stored, now, free_to_change(when_resumed=when_resumed)) == ""
+    stored, now = ({"train_dataset": {"image_size": value}} for value in (1, None))
+    assert (
+        describe_changes(stored, now, free_to_change(when_resumed=True)) == "train_dataset.image_size (was 1, now null)"
+    )
+
+
+def test_a_name_that_begins_like_the_users_word_is_the_nearest() -> None:
+    assert did_you_mean("latent", ["placement", "latent_channels"]) == "; did you mean 'latent_channels'?"
+
+
+def test_ctrl_c_before_a_command_has_begun_is_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted, argparse.Namespace(), "composer-se plan") == 130
+    assert capfd.readouterr().err == "\ncomposer-se plan: stopped\n"
 
 
 def test_keys_for_the_trainer_are_its_own() -> None:

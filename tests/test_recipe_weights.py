@@ -39,12 +39,15 @@ def run(*overrides: str) -> int:
     return run_recipe("digits", (*SHORT, *overrides))
 
 
-def test_weights_from_before_the_surgery_load_when_se_may_be_missing() -> None:
+def test_weights_from_before_the_surgery_load_when_se_may_be_missing(capfd: pytest.CaptureFixture[str]) -> None:
     weights = save_weights("plain.pt")
     with pytest.raises(UserError, match=r"load_path: plain\.pt: lacks 12 .*load_strict_model_weights=false"):
         run("load_path=plain.pt")
     assert not Path("runs").exists()
     assert run("load_path=plain.pt", LENIENT, *STILL) == 0
+    network = 12 + len(weights)
+    said = f"load_path: plain.pt: loaded {len(weights)} of the network's {network} weights; it holds 0 others."
+    assert said in capfd.readouterr().err
     found = trained_weights()
     assert torch.equal(found["stage3.0.conv1.conv.weight"], weights["stage3.0.conv1.weight"])
     assert torch.equal(found["fc.weight"], weights["fc.weight"])
@@ -58,6 +61,13 @@ def test_weights_from_after_the_surgery_load_strictly_and_a_resumed_run_keeps_it
     save_weights("se.pt", with_se=True)  # other numbers
     assert run("load_path=se.pt", *STILL, "max_duration=2ba") == 0
     assert torch.equal(trained_weights()["fc.weight"], weights["fc.weight"])
+
+
+def test_blocks_with_another_start_are_refused_with_the_key_to_set() -> None:
+    save_weights("se.pt", with_se=True)
+    key = r"algorithms\.squeeze_excite\.init"
+    with pytest.raises(UserError, match=rf"load_path: se\.pt: .*init=\"default\".* Set {key}"):
+        run("load_path=se.pt", "algorithms.squeeze_excite.init=identity", LENIENT)
 
 
 def test_weights_of_another_shape_can_be_left_out() -> None:
@@ -84,6 +94,22 @@ def test_a_checkpoint_of_another_network_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"load_path: .*loading state_dict.*load_strict_model_weights=false") as error:
         run(f"load_path={checkpoint}", "load_weights_only=true", "model.name=cifar_resnet8")
     assert "\n" not in str(error.value)
+
+
+def test_a_new_run_is_told_where_the_clock_of_a_checkpoint_stands(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("run_name=first") == 0
+    load = "load_path=runs/first/checkpoints/latest-rank0.pt"
+    with pytest.raises(
+        UserError, match=r"a checkpoint of epoch 0, batch 1, where max_duration=1ba ends; .*load_weights_only"
+    ):
+        run(load)
+    assert not Path("runs/digits").exists()
+    capfd.readouterr()
+    assert run(load, "run_name=longer", "max_duration=2ba") == 0
+    assert "starting runs/longer from runs/first/checkpoints/latest-rank0.pt, a checkpoint of" in capfd.readouterr().err
+    assert run(load, "run_name=longer", "max_duration=3ba") == 0
+    assert "continuing runs/longer from its checkpoint of epoch 0, batch 2" in capfd.readouterr().err
+    assert run(load, "load_weights_only=true") == 0
 
 
 def test_a_complete_run_with_another_load_path_is_another_run() -> None:

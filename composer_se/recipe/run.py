@@ -154,7 +154,8 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
         parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))
         options["load_path"] = None
-    begins = not is_under_way(recipe)
+    # Rank zero knows: the folder may be on its node alone.
+    starts_elsewhere = recipe.load_path is not None and from_rank_zero(lambda: not is_under_way(recipe))
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
     try:
@@ -167,7 +168,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
             save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
             **options,
         )
-        if begins:
+        if starts_elsewhere:
             _say_where_load_path_begins(recipe, trainer)
     except (UserError, RuntimeError) as error:
         misfit = recipe.load_path and "loading state_dict" in str(error)  # a checkpoint of another network
@@ -179,7 +180,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
                 "fits, load_ignore_keys=[...] leaves weights out"
             ) from error
         raise
-    if not begins and int(trainer.state.timestamp.batch):
+    if not starts_elsewhere and int(trainer.state.timestamp.batch):
         say(f"continuing {recipe.run_folder} from its checkpoint of {_position(trainer)}")
     if dist.get_global_rank() == 0:
         write_recipe(recipe)

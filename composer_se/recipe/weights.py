@@ -126,7 +126,9 @@ class LoadedWeights(Algorithm):
         try:
             missing, unexpected = module.load_state_dict(kept, strict=False)
         except RuntimeError as error:  # blocks with another start
-            raise UserError(f"load_path: {self.path}: {one_line(error)}") from error
+            raise UserError(
+                f"load_path: {self.path}: {one_line(error)} Set algorithms.squeeze_excite.init to that of the weights."
+            ) from error
         if self.strict and (missing or unexpected):
             raise UserError(
                 f"load_path: {self.path}: lacks {len(missing)} of the network's weights and holds {len(unexpected)} "
