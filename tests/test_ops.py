@@ -293,6 +293,27 @@ def test_maps_that_no_norm_can_take_along(kind) -> None:
     assert not ops.takes_norm(UNFIT[kind]())
 
 
+class _Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        torch.ones(3, dtype=torch.float64),
+        torch.ones(4),
+        torch.ones(3, device="meta"),
+        torch.ones(3).as_subclass(_Subclass),
+    ],
+    ids=["dtype", "shape", "device", "class"],
+)
+def test_norm_with_unusual_weights_is_left_to_pytorch(numbers: torch.Tensor) -> None:
+    u = torch.randn(2, 3, 4, 4)
+    assert ops.takes_norm(u, torch.nn.Parameter(torch.ones(3)), None)
+    assert ops.takes_norm(u.bfloat16(), torch.ones(3), torch.ones(3, dtype=torch.bfloat16))
+    assert not ops.takes_norm(u, torch.ones(3), numbers)
+
+
 class Traced(nn.Module):
     """Records which path is taken."""
 
