@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility reference format cost study finetuning claims slim trainable gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost study finetuning placement claims slim trainable gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -54,8 +54,13 @@ study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in doc
 
 # FASHION_MNIST: where the data are, or are downloaded to.
 FASHION_MNIST ?= data
-finetuning: $(VENV)/dev.stamp ## tune and train what is left of the study of fine-tuning: hours from nothing
-	$(BIN)/python docs/finetuning_study.py --root $(FASHION_MNIST)
+finetuning: $(VENV)/dev.stamp ## choose and train what is left of the study of fine-tuning: hours from nothing
+	$(BIN)/python docs/evidence.py finetuning --root $(FASHION_MNIST)
+	$(BIN)/python docs/write_tables.py
+
+placement: $(VENV)/dev.stamp ## choose, train and slim what is left of the study of placement: hours from nothing
+	$(BIN)/python docs/evidence.py placement --root $(FASHION_MNIST)
+	$(BIN)/python docs/write_tables.py
 
 # One thread for training, so that the loader's one worker has a core for itself.
 claims: $(VENV)/dev.stamp ## measure SE beside RandAugment and SelectiveBackprop: leave the machine alone for half an hour

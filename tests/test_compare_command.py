@@ -26,6 +26,7 @@ from composer_se.compare.arms import Arm, Comparison, lengthened, run_recipes
 from composer_se.compare.outcomes import Outcome, keep_outcome, kept_outcome
 from composer_se.compare.run import check
 from composer_se.errors import UserError
+from composer_se.measure.uncertainty import pairs_needed
 from composer_se.recipe.run import train
 from composer_se.recipe.trainer import build_parts
 from composer_se.recipe.validate import make_plan
@@ -91,6 +92,23 @@ def test_no_seeds_measure_speeds_and_train_nothing(capsys) -> None:
     assert max(len(line.rstrip()) for line in printed.splitlines()) <= 80
     assert "with SE" in printed
     assert [path.name for path in Path("out").iterdir()] == ["speeds.json"]
+
+
+def test_a_pilot_trains_two_seeds_apart_and_says_how_many_a_comparison_needs(capsys) -> None:
+    assert compare("--pilot", "5") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    outcomes = {path.stem: json.loads(path.read_text())["outcome"] for path in Path("out/outcomes").iterdir()}
+    seeds = range(1017, 1019)
+    assert outcomes.keys() == {f"{arm}-seed{seed}" for arm in ("plain", "with-se") for seed in seeds}
+    final = {name: outcome["accuracies"][-1][1] for name, outcome in outcomes.items()}
+    a, b = (final[f"with-se-seed{seed}"] - final[f"plain-seed{seed}"] for seed in seeds)
+    assert f"scatter by {100 * abs(a - b) / math.sqrt(2):.2f} points" in said
+    assert f"about {pairs_needed(0.05, abs(a - b) / math.sqrt(2), 0.8)} an 80 % chance" in said
+    written = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")}
+    assert compare("--pilot", "5") == 0
+    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.json")} == written
+    assert compare("--seeds", "1") == 0
+    assert [run["seed"] for run in json.loads(Path("out/results.json").read_text())["runs"]["plain"]] == [17]
 
 
 def test_speeds_are_kept_round_by_round_and_measured_on_from_there(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +296,8 @@ def test_run_of_another_length_takes_that_many_steps_and_anneals_to_its_end(max_
     ("arguments", "message"),
     [
         (["--seeds", "-1"], "--seeds -1"),
+        (["--pilot", "0"], "--pilot 0.0: expected percentage points"),
+        (["--pilot", "nan"], "--pilot nan: expected percentage points"),
         (["--arm", "a", "optimizer.lr=1"], "one arm is nothing"),
         (["--arm", "a", "--arm", "A!"], "two arms have this name"),
         (["--arm", "a", "--arm", "optimizer.lr=1"], "write --arm NAME"),

@@ -7,11 +7,12 @@ import random
 
 import pytest
 import torch
+from scipy import stats
 
 from composer_se.cost.levels import find_levels
 from composer_se.measure import timing
 from composer_se.measure.timing import steps_per_visit, time_in_turns
-from composer_se.measure.uncertainty import Interval
+from composer_se.measure.uncertainty import Interval, pairs_needed
 
 
 def made_up(true: dict[str, float], seed: int, instances=4, rounds=5, between=0.02, within=0.01, drift=0.0):
@@ -119,3 +120,22 @@ def test_a_visit_always_begins_with_untimed_steps(monkeypatch: pytest.MonkeyPatc
     assert steps_per_visit(10.0) == (2, 3)
     assert steps_per_visit(0.1) == (2, 10)
     assert steps_per_visit(1e-5) == (25, 100)
+
+
+@pytest.mark.parametrize("chance", [0.5, 0.8])
+@pytest.mark.parametrize("deviation", [0.1, 0.2, 0.6])
+def test_so_many_pairs_as_needed_show_the_difference_with_the_chance_asked(deviation: float, chance: float):
+    needed = pairs_needed(0.2, deviation, chance)
+    assert needed is not None
+
+    def power(pairs: int) -> float:  # of the t test, exactly
+        limit, shift = stats.t.ppf(0.975, pairs - 1), 0.2 * math.sqrt(pairs) / deviation
+        return 1 - float(stats.nct.cdf(limit, pairs - 1, shift))
+
+    enough = min(pairs for pairs in range(2, 1000) if power(pairs) >= chance)
+    assert enough == pytest.approx(needed, abs=1 + 0.1 * needed)
+
+
+def test_no_affordable_number_of_pairs_shows_a_difference_that_drowns_in_scatter():
+    assert pairs_needed(1e-4, 1.0, 0.8) is None
+    assert pairs_needed(0.0, 1.0, 0.5) is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="something to compare: a name, and what it changes in the recipe; the first is what the others are "
         "compared with (default: the recipe without SE, and as written)",
     )
+    parser.add_argument(
+        "--pilot",
+        type=float,
+        metavar="POINTS",
+        help="before a comparison: train two other seeds of each arm, and say how many seeds would show a difference "
+        "of so many percentage points",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: runs/compare-RECIPE)")
 
 
@@ -61,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
 
     check(comparison)
     with launch.log_on_terminal(), launch.logged_from(logging.WARNING):
-        code = exit_code_of(lambda: _compare(comparison), comparison.folder)
+        work = _compare if args.pilot is None else partial(_pilot, points=args.pilot)
+        code = exit_code_of(lambda: work(comparison), comparison.folder)
     if code:
         launch.leave_interrupted("\ncomposer-se compare: stopped; the same command continues")
     return code
@@ -70,8 +79,10 @@ def run(args: argparse.Namespace) -> int:
 def _comparison(args: argparse.Namespace) -> Comparison:
     from composer_se.compare.arms import Arm, Comparison, default_arms
 
-    if args.seeds < 0:
-        raise UserError(f"--seeds {args.seeds}: expected 0 or more")
+    if not 0 <= args.seeds <= 1000:
+        raise UserError(f"--seeds {args.seeds}: expected 0 to 1000")
+    if args.pilot is not None and not 0 < args.pilot < 100:
+        raise UserError(f"--pilot {args.pilot}: expected percentage points, such as 0.2")
     arms = tuple(Arm(name, tuple(overrides)) for name, *overrides in args.arm)
     slugs = [arm.slug for arm in arms]
     for arm in arms:
@@ -111,6 +122,20 @@ def _compare(comparison: Comparison) -> None:
         print(f"\n{comparison.folder}: comparison.png, results.md, results.json")
     else:
         print_speeds(comparison, findings, Console())
+
+
+def _pilot(comparison: Comparison, points: float) -> None:
+    from composer.utils import dist
+    from rich.console import Console
+
+    from composer_se.compare.judgement import judge_pilot
+    from composer_se.compare.run import run_pilot
+    from composer_se.show.terminal import progress_bar
+
+    with progress_bar(speaks=launch.is_local_rank_zero(), in_lines=True) as progress:
+        runs = run_pilot(comparison, progress)
+    if dist.get_global_rank() == 0:
+        Console().print(judge_pilot(runs, comparison.reference.name, points / 100), highlight=False)
 
 
 def _write(comparison: Comparison, findings: Findings) -> None:

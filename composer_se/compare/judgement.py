@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, variance
 
 from composer_se.compare.arms import Comparison
-from composer_se.compare.outcomes import accuracy_after
+from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.run import Findings
-from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means, students_t
+from composer_se.measure.uncertainty import Interval, mean_difference, pairs_needed, ratio_of_means, students_t
 
-__all__ = ["Judgement", "judge", "seeds_needed"]
+__all__ = ["Judgement", "judge", "judge_pilot", "seeds_needed"]
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,15 @@ def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
     for where, difference in differences.items():
         if not math.isnan(difference.half_width) and not _is_shown(difference):
             count = seeds_needed(difference, seeds)
-            needed.append(f"{'over 10,000' if count is None else f'about {count:,}'} seeds {where}")
+            needed.append(f"{'over' if count is None else 'about'} {_count(count)} seeds {where}")
     if not needed:
         return ""
     seeds_wanted = " and ".join(needed)
     return f" {seeds_wanted[0].upper()}{seeds_wanted[1:]} would give a 50 % chance to detect a difference this small."
+
+
+def _count(seeds: int | None) -> str:
+    return "10,000" if seeds is None else f"{seeds:,}"
 
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
@@ -137,9 +141,33 @@ def seeds_needed(difference: Interval, seeds: int) -> int | None:
     if _is_tie(difference):
         return seeds + 1
     deviation = difference.half_width / students_t(seeds - 1) * math.sqrt(seeds)
-    count = 2
-    while students_t(count - 1) * deviation / math.sqrt(count) > abs(difference.value):
-        count = count + 1 if count < 100 else math.ceil(count * 1.1)
-        if count > 10_000:
-            return None
-    return count
+    return pairs_needed(difference.value, deviation, chance=0.5)
+
+
+def judge_pilot(runs: Mapping[str, Sequence[Outcome]], reference: str, difference: float) -> str:
+    """Says how many seeds would show a difference, from a few runs of every arm.
+
+    Differences to the reference scatter alike in all arms, as far as so few seeds can tell. So their variances are
+    averaged.
+
+    Args:
+        runs: The same two or more seeds of every arm.
+        reference: The arm that the others are compared with.
+        difference: To be shown, as a share of the images.
+    """
+    theirs = [run.accuracy for run in runs[reference]]
+    variances = [
+        variance([run.accuracy - other for run, other in zip(runs[arm], theirs, strict=True)])
+        for arm in runs
+        if arm != reference
+    ]
+    deviation = math.sqrt(mean(variances))
+    even, likely = (pairs_needed(difference, deviation, chance) for chance in (0.5, 0.8))
+    seeds = ", ".join(str(run.seed) for run in runs[reference])
+    minutes = sum(mean(run.wall_seconds for run in of_arm) for of_arm in runs.values()) / 60
+    return (
+        f"Pilot seeds {seeds}: differences to {reference} scatter by {100 * deviation:.2f} points from seed to seed. "
+        f"About {_count(even)} seeds would give a 50 % chance to detect a difference of {100 * difference:g} points, "
+        f"about {_count(likely)} an 80 % chance. Each takes {minutes:.0f} minutes, and the reference again at equal "
+        "training time."
+    )

@@ -27,10 +27,13 @@ from composer_se.recipe.trainer import release_memory
 from composer_se.recipe.validate import make_plan
 from composer_se.show.terminal import Progress
 
-__all__ = ["Findings", "check", "run_comparison"]
+__all__ = ["Findings", "check", "run_comparison", "run_pilot"]
 
 # A share of the training time that no affordable number of seeds could tell from none.
 NEGLIGIBLE = 0.01
+
+# Added to the recipe's seed, as 0, 1, ... are by a comparison.
+PILOT_SEEDS = (1000, 1001)
 
 
 @dataclass
@@ -105,6 +108,23 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
             what = f"{seed}: {reference} for {batches / before:.2f} of its time"
             findings.other_lengths.append(_train(what, recipe, comparison.folder, progress))
         yield findings
+
+
+def run_pilot(comparison: Comparison, progress: Progress) -> dict[str, list[Outcome]]:
+    """Trains every arm with two seeds that no comparison uses, so that its size can be chosen.
+
+    What was complete before is only read.
+
+    Returns:
+        The outcomes by arm.
+    """
+    join_processes(run_recipes(comparison, 0)[comparison.reference.name])
+    from_rank_zero(lambda: _check_writable(comparison.folder))
+    runs: dict[str, list[Outcome]] = {arm.name: [] for arm in comparison.arms}
+    for index in PILOT_SEEDS:
+        for name, recipe in run_recipes(comparison, index).items():
+            runs[name].append(_train(f"pilot seed {recipe.seed}: {name}", recipe, comparison.folder, progress))
+    return runs
 
 
 def _check_writable(folder: Path) -> None:

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 from scipy.stats import t
 
-__all__ = ["Interval", "change_of_share", "mean_difference", "ratio_of_means", "students_t"]
+__all__ = ["Interval", "change_of_share", "mean_difference", "pairs_needed", "ratio_of_means", "students_t"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,27 @@ class Interval:
 def students_t(degrees: int) -> float:
     """Student's t for 95 %, both sides; NaN for no degrees of freedom."""
     return float(t.ppf(0.975, degrees))
+
+
+def pairs_needed(difference: float, deviation: float, chance: float) -> int | None:
+    """About how many pairs would show a difference, with a chance, by the 95 % interval of `mean_difference`.
+
+    At a chance of 0.5 that interval is as wide as the difference is large.
+
+    Args:
+        difference: The difference to show.
+        deviation: The standard deviation of the difference from pair to pair.
+        chance: The probability to show it.
+
+    Returns:
+        The number of pairs, 2 or more; None where it is over 10,000.
+    """
+    count = 2
+    while (students_t(count - 1) + t.ppf(chance, count - 1)) * deviation / math.sqrt(count) > abs(difference):
+        count = count + 1 if count < 100 else math.ceil(count * 1.1)
+        if count > 10_000:
+            return None
+    return count
 
 
 def change_of_share(lost: int, gained: int, total: int) -> Interval:
