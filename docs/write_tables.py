@@ -26,6 +26,15 @@ SLIM = RESULTS / "slim-fashion-mnist.json"
 TRAINABLE = RESULTS / "trainable-resnet50.json"
 PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
+FINETUNING = RESULTS / "finetuning"
+PLACEMENT = RESULTS / "placement"
+SE_BESIDE = (
+    ("SE, head", "head"),
+    ("SE, norms, head", "norms, head"),
+    ("SE, convs, head", "convs, head"),
+    ("everything, SE", "everything"),
+    ("SE, head", "random SE, head"),
+)
 CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
 CLAIMS = (  # folder below results/claims/, the algorithm beside SE, the row's name
@@ -123,11 +132,17 @@ def pages() -> dict[Path, str]:
     tables = {
         README: {"cost": short_cost_table(cost)},
         DOCS / "cost.md": {"cost": cost_table(cost)},
-        DOCS / "comparing.md": {
-            "study": study_table((RESULTS / "study" / "results.md").read_text()),
-            "claims": claims_table(RESULTS / "claims"),
-        },
+        DOCS / "comparing.md": {"claims": claims_table(RESULTS / "claims")},
     }
+    studies = {}
+    if (FINETUNING / "results.json").is_file():
+        studies["finetuning"] = finetuning_table(FINETUNING)
+    if (PLACEMENT / "results.md").is_file():
+        studies["placement"] = placement_table((PLACEMENT / "results.md").read_text())
+    if (PLACEMENT / "slim").is_dir():
+        studies["slimmed"] = slimmed_table(PLACEMENT / "slim")
+    if studies:
+        tables[DOCS / "does-it-pay.md"] = studies
     if "layers" in cost:
         tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
     if PAPER.is_file():
@@ -146,13 +161,90 @@ def pages() -> dict[Path, str]:
     return filled
 
 
-def study_table(report: str) -> str:
+def finetuning_table(folder: Path) -> str:
+    """What each arm trains, costs and reaches, the difference that SE makes, and the conditions."""
+    found, steps, chosen = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("results", "steps", "chosen")
+    )
+    rows = []
+    for judged in found["judgements"]:
+        arm = judged["arm"]
+        accuracies = [100 * accuracy for accuracy in judged["accuracies"]]
+        rows.append(
+            [
+                arm,
+                max(chosen[arm], key=chosen[arm].__getitem__),
+                f"{steps[arm]['trained_parameters'] / 1e6:.2f} million",
+                f"{steps[arm]['saved_bytes'] / 1e6:.0f} MB",
+                Interval(**judged["step_time"]).with_spread() if judged["equal_epochs"] else "1",
+                f"{mean(accuracies):.2f} ±{stdev(accuracies):.2f}",
+                *(_points(judged[kind]) for kind in ("equal_epochs", "equal_time")),
+            ]
+        )
+    heads = ["trains", "learning rate", "trained parameters", "saved for backward", "step time", "accuracy, %"]
+    heads += ["beside `head`", "beside `head` at equal time"]
+    accuracies = {arm: [run["accuracies"][-1][1] for run in runs] for arm, runs in found["runs"].items()}
+    pairs = [(ours, theirs, mean_difference(accuracies[ours], accuracies[theirs])) for ours, theirs in SE_BESIDE]
+    seeds = len(next(iter(accuracies.values())))
+    return "\n".join(
+        [
+            *markdown_table(heads, rows),
+            "",
+            f"Accuracy on the 10,000 test images, mean ± standard deviation over {seeds} seeds. Differences in points, "
+            "paired by seed, with 95 % intervals. "
+            + "; ".join(
+                f"`{ours}` beside `{theirs}`: {_points({'value': pair.value, 'low': pair.low, 'high': pair.high})}"
+                for ours, theirs, pair in pairs
+            )
+            + ".",
+            "",
+            f"Step times measured in turns; {Machine(**found['machine'])}.",
+        ]
+    )
+
+
+def placement_table(report: str) -> str:
     """The table of a comparison's report, its sentences and its conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
     sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
     decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
     return f"{table}\n{''.join(decided)}\n{conditions}"
+
+
+def slimmed_table(folder: Path) -> str:
+    """What slimming brought to each seed's network, and in the mean."""
+    rows, changes = [], []
+    for path in sorted(folder.glob("*.json")):
+        found = json.loads(path.read_text())
+        chosen = str(found["chosen"])
+        change = found["points"][found["chosen"]]["reporting"]["change"]
+        changes.append(change["value"])
+        times = [
+            ratio_of_means(found["latency"][size][chosen], found["latency"][size]["0"]).with_spread()
+            if found["chosen"]
+            else "1"
+            for size in ("1", "16")
+        ]
+        seed = path.stem.rpartition("seed")[2]
+        rows.append([seed, f"{chosen} of {found['blocks']}", _points(change), *times])
+    total = mean_difference(changes, [0.0] * len(changes))
+    heads = ["seed", "blocks removed", "accuracy", "latency, batch 1", "latency, batch 16"]
+    return "\n".join(
+        [
+            *markdown_table(heads, rows),
+            "",
+            "Accuracy: the change in points on 5,000 test images that decided nothing, with its 95 % interval. Over "
+            f"the seeds it is {_points({'value': total.value, 'low': total.low, 'high': total.high})}.",
+        ]
+    )
+
+
+def _points(difference: dict[str, float] | None) -> str:
+    if difference is None:
+        return "–"
+    value, low, high = (100 * difference[key] for key in ("value", "low", "high"))
+    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def claims_table(folder: Path) -> str:
