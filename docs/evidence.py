@@ -137,7 +137,7 @@ def count_steps(path: Path, arms: dict[str, tuple[str, ...]], root: str) -> None
     for arm, overrides in arms.items():
         recipe = load_recipe(FINETUNING, (f"train_dataset.root={root}", TRAINED_ON, *overrides))
         parts = build_parts(recipe, make_plan(recipe))
-        trainer = make_trainer(parts, progress_bar=False)
+        trainer = make_trainer(parts, max_duration=recipe.max_duration, progress_bar=False)
         network = parts.network.train()
         assert parts.train_loader is not None
         images, labels = next(iter(parts.train_loader))
