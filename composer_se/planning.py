@@ -26,10 +26,10 @@ class ConvPlan:
 
     Attributes:
         map_size: Height and width of the conv's output at its first call, or None where that is not known.
-        reason: Of the choice, in a few words.
+        reason: The reason of the choice, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
         added_parameters: Weights of the new block.
-        added_multiply_adds: Of one image's forward pass, in the two matrix products of the new block, as
+        added_multiply_adds: Multiply-adds of the new block's two matrix products, for one image, as
             `composer-se cost` counts them. Squeeze and scaling are memory-bound.
         num_convs: The number of convs in this entry: more than one only in `Plan.grouped`. The other numbers are those
             of each.
@@ -52,11 +52,11 @@ class Plan:
     """The decision on every conv of a model, in model order.
 
     Attributes:
-        options: As given.
+        options: The options that were given.
         threshold: The threshold in force: ``options.min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.
-        parameters: Of the model as it is.
-        multiply_adds: Of one image's forward pass through the model as it is, in convs and matrix products, or None
+        parameters: The number of parameters of the model as it is.
+        multiply_adds: Multiply-adds of the model as it is, for one image, in convs and matrix products, or None
             where no image size was given or the forward pass failed.
         notes: Warnings: narrow blocks, no conv chosen, map sizes that could not be found.
     """
@@ -81,12 +81,12 @@ class Plan:
 
     @property
     def added_multiply_adds(self) -> int:
-        """Of one image's forward pass, in the matrix products of all new blocks."""
+        """Multiply-adds of all new blocks, for one image, in their matrix products."""
         return sum(conv.added_multiply_adds for conv in self.convs)
 
     @property
     def gated_share(self) -> float | None:
-        """The share of the numbers in all conv outputs that new blocks read and scale. SE's time grows with it."""
+        """Share of all elements of conv outputs that new blocks read and scale, or None. SE's time grows with it."""
         sizes = [
             (conv, conv.out_channels * conv.map_size[0] * conv.map_size[1]) for conv in self.convs if conv.map_size
         ]

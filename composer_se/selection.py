@@ -77,7 +77,7 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     Args:
         model: The model.
-        options: The options.
+        options: They say which convs get a block.
 
     Returns:
         The choice for every `torch.nn.Conv2d`.

@@ -45,8 +45,8 @@ def replace_module_classes(
     Args:
         module: The model. It can't itself be replaced.
         policies: Replacement functions by module class, subclasses included. The first that returns a module wins.
-        optimizers: Optimizers that hold the model's parameters. Those of replaced modules leave, those of replacements
-            join, as `update_params_in_optimizer` does. Default: none.
+        optimizers: Optimizers that hold the model's parameters. Parameters of replaced modules are replaced in them
+            too, as `update_params_in_optimizer` does it. Default: none.
         recurse_on_replacements: True asks the policies about replacements and their children too. A policy that always
             matches its own replacement never ends. Default: ``False``.
         indices: The number of modules of each class seen before; updated. Default: none.
@@ -98,9 +98,9 @@ def update_params_in_optimizer(
 ) -> None:
     """Replaces the parameters of a module by those of its replacement, in optimizers.
 
-    Parameters on both sides keep their place and their state. Those only in ``old_params`` leave with their state.
-    Those only in ``new_params`` join the end of the parameter group, of whichever optimizer, that holds the first of
-    ``old_params``; if no optimizer holds any, the first group of the first optimizer.
+    Parameters on both sides keep their place and their state. The optimizers drop parameters that are only in
+    ``old_params``, together with their state. Parameters that are only in ``new_params`` join the end of the parameter
+    group that holds the first of ``old_params``; if no optimizer holds any, the first group of the first optimizer.
 
     Args:
         old_params: Parameters of the replaced module.
@@ -115,7 +115,8 @@ def limit_optimizers(
 ) -> None:
     """Makes optimizers hold those parameters of a model that train, and no others.
 
-    Those that don't train leave with their state. Those that no optimizer holds join the first group of the first.
+    Optimizers drop the parameters that don't train, together with their state. A trained parameter that no optimizer
+    holds joins the first group of the first optimizer.
 
     Args:
         model: The model. Parameters of other models stay where they are.

@@ -23,9 +23,9 @@ def train_only(
 ) -> dict[str, Parameter]:
     """Lets only some parameters of a model train, in place. Call it again to choose others; ``"*"`` chooses all.
 
-    The other parameters get no gradient and leave the optimizers with their state. A norm that has none of the chosen
-    parameters keeps its running statistics and stays in evaluation mode under ``model.train()``. Everything else stays
-    in the model's mode, dropout for instance. An earlier ``requires_grad`` does not count.
+    The other parameters get no gradient, and the optimizers drop them with their state. A norm that has none of the
+    chosen parameters keeps its running statistics and stays in evaluation mode under ``model.train()``. Everything else
+    stays in the model's mode, dropout for instance. An earlier ``requires_grad`` does not count.
 
     Args:
         model: The model, after all surgery and before DDP or FSDP wraps it.
@@ -34,8 +34,8 @@ def train_only(
             every block of this package; ``"norms"`` is every normalisation layer; ``"head"`` is the classifier: timm's
             ``get_classifier()``, or the last Linear or Conv2d in order of registration. For a module that has such a
             name write ``"head.*"``. A norm without parameters follows its name.
-        optimizers: The optimizers of the model's parameters, if they exist already. A chosen parameter that they do not
-            hold joins the first group of the first. Default: none.
+        optimizers: The optimizers of the model's parameters, if they exist already. A chosen parameter that no
+            optimizer holds joins the first group of the first optimizer. Default: none.
 
     Returns:
         The parameters that train, by qualified name, in model order.

@@ -1,7 +1,8 @@
 """Trains a recipe with and without SE, or any arms, with the same seeds, and says whether the difference is real.
 
-All arms of a seed see the same data in the same order and start from the same weights as far as they share them. The
-same command continues what was interrupted. On several processes: composer -n N -m composer_se.cli compare RECIPE.
+With the same seed, all arms see the same data in the same order, and the parameters that they have in common start with
+the same values. The same command continues what was interrupted. On several processes:
+composer -n N -m composer_se.cli compare RECIPE.
 """
 
 from __future__ import annotations

@@ -64,14 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         default=5,
         metavar="N",
-        help="timed visits to each instance: the run's length grows with it, its resolution shrinks (default: 5)",
+        help="timed visits to each instance: more take longer and reduce the noise (default: 5)",
     )
     where.add_argument(
         "--instances",
         type=_positive,
         default=4,
         metavar="N",
-        help="copies of each variant, at least 2: the spread between them is the resolution (default: 4)",
+        help="copies of each variant, at least 2: the spread between them is the noise (default: 4)",
     )
     output = parser.add_argument_group("output")
     output.add_argument("--json", type=Path, metavar="FILE", help="write everything found, each timing included")

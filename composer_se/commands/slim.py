@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        UserError: The tolerance is no number of 0 or more, or the run, its checkpoint or the data can't be had.
-            Nothing was written.
+        UserError: The tolerance is not a finite number of at least 0. Or the run, its checkpoint or the data can't be
+            loaded. Nothing was written.
     """
     tolerance = _read_tolerance(args.tolerance)
     if args.source.is_file():

@@ -34,14 +34,14 @@ class Trained:
     """A trained network and held-out images.
 
     Attributes:
-        name: Of the run or the checkpoint.
-        network: In evaluation mode, on its device.
+        name: The name of the run or the checkpoint.
+        network: The network, in evaluation mode, on its device.
         batches: Yields (images, labels).
         data: Name of the data set.
         classes: Names of the classes, or None where only their numbers are known.
         checkpoint: Where the weights come from.
         run_folder: The run's folder, or None for a checkpoint outside of one.
-        recipe: Of the run.
+        recipe: The recipe of the run.
     """
 
     name: str

@@ -60,7 +60,7 @@ def _curves(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
 def _first_worth_showing(accuracies: Sequence[np.ndarray]) -> int:
     """The first evaluation that is drawn: the end is what is compared, and the start would flatten it to a line.
 
-    The later half of the evaluations is always drawn, and two at least.
+    At least the later half of the evaluations is drawn, and at least two.
     """
     finals = np.concatenate([of_arm[:, -1] for of_arm in accuracies])
     bottom = finals.max() - 4 * max(1.0, np.ptp(finals))

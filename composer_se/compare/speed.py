@@ -54,7 +54,7 @@ class Turn:
 
 
 def steps_per_turn(name: str, recipe: Recipe) -> int:
-    """The number of steps that fill a turn, from a short turn of one arm; the same on all ranks."""
+    """Times a short turn of one arm, and returns the number of steps of a full one; the same on all ranks."""
     seconds = take_turn(name, recipe, 0.0, LEAST_STEPS).step
     return from_rank_zero(lambda: min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds))))
 
@@ -81,8 +81,8 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
     """Times inference, then some training steps, of which the first quarter is not counted.
 
     Args:
-        name: Of the arm.
-        recipe: Its recipe.
+        name: The name of the arm.
+        recipe: The arm's recipe.
         share: Where in the run's duration the steps are taken, from 0 to 1.
         steps: How many are trained.
 

@@ -104,7 +104,7 @@ def _multiply_adds(network: nn.Module, image: torch.Tensor) -> int:
 
 
 def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, settings: Settings) -> tuple[int, ...]:
-    """The passes of each SE layer, run alone with its norm on an input like the one that it has in the network."""
+    """Counts the passes of each SE layer. It runs alone with its norm, on its input in the network, repeated."""
     passes = []
     for layer in called_layers(network, names, image, settings.autocast):
         norm = [] if layer.norm in (None, layer.bare) else [copy.deepcopy(layer.norm)]

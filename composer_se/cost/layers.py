@@ -68,13 +68,14 @@ class LayerTimes:
 def measure_layers(network: nn.Module, images: Tensor, settings: Settings, progress: Progress) -> LayerTimes:
     """Times every different SE layer of a network alone.
 
-    A step starts with a map of random numbers in the place of the conv's output. Variants are: the map alone, with its
-    norm, and with SE and norm. In each round every layer and variant is visited once, in random order.
+    A step starts with a map of random numbers in the place of the conv's output. The variants are the map
+    alone, the map with its norm, and the map with SE and norm: ours, and Composer's if the settings ask for it. In each
+    round every layer and variant is visited once, in random order.
 
     Args:
-        network: With our SE, on its device and in its memory format.
+        network: The network with our SE, on its device and in its memory format.
         images: A batch for it, (N, C, H, W).
-        settings: Of the study.
+        settings: The settings of the study.
         progress: Called after each visit.
     """
     layers = _different_layers(network, images[:1], settings)

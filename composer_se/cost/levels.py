@@ -75,6 +75,6 @@ def find_levels(seconds: Mapping[str, Sequence[Sequence[float]]]) -> Levels:
     of = {name: np.median(rows - common, axis=1) for name, rows in logs.items()}
     degrees = sum(len(levels) - 1 for levels in of.values())
     if degrees == 0:
-        raise ValueError("at least two instances of a variant are needed to know the resolution, got one of each")
+        raise ValueError("at least two instances of a variant are needed to know the noise, got one of each")
     squares = sum(float(((levels - levels.mean()) ** 2).sum()) for levels in of.values())
     return Levels(of, float(np.median(common)), math.sqrt(squares / degrees), degrees)

@@ -78,8 +78,8 @@ def _counts_table(study: Study) -> Table:
 
 def _times_table(study: Study) -> Table:
     table = new_table(
-        "What it takes (× plain ± resolution)",
-        "Resolution: two copies of one network differ by up to this much (95 %). Within it no difference is shown.",
+        "What it takes (× plain ± noise)",
+        "Noise: two copies of one network differ by up to this much (95 %). Within it no difference is shown.",
         _SETTING,
         list(study.seconds),
     )
@@ -94,9 +94,9 @@ def _times_table(study: Study) -> Table:
 
 def _against_table(study: Study) -> Table:
     table = new_table(
-        "Ours over Composer's built-in (± resolution): time, and below it overhead",
+        "Ours over Composer's built-in (± noise): time, and below it overhead",
         "Same convs, same widths. Overhead: time over plain less 1. Not resolved: the built-in is not slower than "
-        "plain beyond the resolution.",
+        "plain beyond the noise.",
         _SETTING,
         list(study.seconds),
     )

@@ -70,7 +70,7 @@ def analyse(
     Gates of 1 would change the scale that the next normalisation layer expects, and measure that.
 
     Args:
-        network: In evaluation mode. It has the same weights and no hooks afterwards.
+        network: The network, in evaluation mode. It has the same weights and no hooks afterwards.
         batches: Yields (images, labels), labels being class numbers; gone through twice.
         advance: Called with the task, the batches done, and their number (0 if unknown).
 

@@ -48,8 +48,8 @@ def time_in_turns(
     Args:
         steps: Per variant, per instance, a function that does one step.
         rounds: Visits to every instance.
-        device: Of the steps. The clock waits for it before and after each timed step.
-        seed: Of the order.
+        device: The device of the steps. The clock waits for it before and after each timed step.
+        seed: The seed of the order.
         visit: Untimed and timed steps of a visit. Default: those of `steps_per_visit`, from a trial of the first step.
         leave: Called with variant and instance after each visit, to free what the visit left (gradients).
         visited: Called after each visit.

@@ -42,7 +42,7 @@ def local_folder(save_folder: str) -> Path | None:
 
 
 def restore_latest(folder: Path) -> None:
-    """Makes the link that a kill took away, so that a run with whole checkpoints doesn't begin anew. For rank zero."""
+    """Makes the link to the latest checkpoint again if a kill took it. Call it on rank zero only."""
     latest = folder / LATEST
     if os.path.lexists(latest):
         return
@@ -53,7 +53,7 @@ def restore_latest(folder: Path) -> None:
 
 
 def check_latest(folder: Path) -> None:
-    """Refuses to resume from a damaged checkpoint. For rank zero.
+    """Refuses to resume from a damaged checkpoint. Call it on rank zero only.
 
     The file is read once in full, at the speed of the disk or of a CRC-32: `torch.save` stores checksums,
     `torch.load` does not compare them, and a run that goes on from garbled weights looks like one that doesn't.

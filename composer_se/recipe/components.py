@@ -76,7 +76,7 @@ def resolve(section: str, name: str, path: str) -> Callable[..., Any]:
     """The class that a name stands for, or a function that makes what the section needs.
 
     Args:
-        section: As for `components`.
+        section: The section, as `components` takes it.
         name: The component's name. Underscores and a suffix that repeats the section don't matter:
             `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`. Or `package.module:name` of the
             user's own.

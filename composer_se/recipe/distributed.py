@@ -49,7 +49,7 @@ def from_rank_zero(read: Callable[[], T]) -> T:
 
 
 class SameBuffers(Callback):
-    """Gives all processes rank zero's buffers before an evaluation.
+    """Broadcasts rank zero's buffers to all processes before an evaluation.
 
     Distributed training keeps weights equal, but each process updates the running statistics of batch norm with its
     own images until the next training step. Without this, the processes would measure slightly different networks,

@@ -165,7 +165,7 @@ def streaming(
         train: Augment the images.
         remote: Place of the shards, such as `s3://bucket/folder`. None: all of them are in `local`.
         local: Folder in which each node keeps the shards it fetched.
-        split: Subfolder of both.
+        split: Subfolder of `remote` and of `local` that holds the shards. None: they hold the shards themselves.
         image_size: Height and width of the crops.
         cache_limit: The most that `local` may hold, such as `100gb`. None: no limit.
         predownload: Images to fetch ahead per worker. None: mosaicml-streaming's choice.

@@ -52,7 +52,7 @@ def split_indices(labels: Sequence[int], train: bool, val_fraction: float, seed:
         labels: The classes of all images.
         train: The images to train on, or those held out.
         val_fraction: Share of the images to hold out.
-        seed: Of the draw.
+        seed: The seed of the random choice.
 
     Raises:
         ValueError: A value is out of range, or so few images that a split would be empty.
@@ -71,10 +71,10 @@ def split_indices(labels: Sequence[int], train: bool, val_fraction: float, seed:
 
 
 def count_tree_classes(arguments: Mapping[str, Any], root: str = "") -> int | None:
-    """The number of classes in a tree; None where there is no such folder.
+    """Counts the classes in a tree; None where there is no such folder.
 
     Args:
-        arguments: Of the data set.
+        arguments: The arguments of the data set, by name.
         root: Default of the argument `root`.
     """
     folder, _ = split_folder(Path(arguments.get("root", root)), train=True)

@@ -41,8 +41,8 @@ class Split(Protocol):
         """Makes the loader of this process's share.
 
         Args:
-            batch_size: Of the whole run; each process gets its equal part.
-            seed: Of shuffling and augmentation. The same on all processes.
+            batch_size: The batch size of the whole run; each process gets its equal part.
+            seed: The seed of shuffling and augmentation, the same on all processes.
             train: Shuffle, augment by epoch, and drop the samples that fill no batch.
             num_workers: Worker processes per training process. None leaves the choice to the data set.
             pin_memory: The batches go to a GPU.
@@ -52,7 +52,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Images:
-    """A split whose images can be read in any order: from files or from memory.
+    """A split with random access to its images, which are in files or in memory.
 
     Attributes:
         images: A map-style data set of (image, label) without transforms.
@@ -126,8 +126,8 @@ class SeededImages(VisionDataset):
     Args:
         images: The images without transforms.
         transform: Called on each image.
-        seed: With the epoch and the index it seeds the random generators of torch, NumPy and Python for the
-            transform of one image.
+        seed: Together with the epoch and the index, this seeds the random generators of torch, NumPy and Python
+            before the transform of an image.
     """
 
     def __init__(self, images: Dataset, transform: Callable[[Any], Any] | None, seed: int) -> None:

@@ -113,15 +113,15 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
 def _stop(number: int, frame: object) -> None:
     """Ends the work at the first signal, as Composer's handler does, which this one replaces.
 
-    The launcher answers Ctrl-C with SIGTERM to all processes. It would break off what the first signal began, the
-    message to the user included, and is taken without effect. A second Ctrl-C still ends the process.
+    The launcher answers Ctrl-C with SIGTERM to all processes. That signal is ignored: it would interrupt the exit that
+    the first one began, and the message to the user. A second Ctrl-C still ends the process.
     """
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.exit(128 + number)
 
 
 def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
-    """Returns the summary of the run if it is complete already. For rank zero.
+    """Returns the summary of the run if it is complete already. Call it on rank zero only.
 
     Raises:
         UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.

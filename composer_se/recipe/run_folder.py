@@ -132,18 +132,18 @@ def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Seque
 
 
 def write_recipe(recipe: Recipe) -> None:
-    """Writes the resolved recipe. For rank zero."""
+    """Writes the resolved recipe. Call it on rank zero only."""
     replace_file(Path(recipe.run_folder) / "recipe.yaml", as_yaml(recipe))
 
 
 def write_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
-    """Writes the names of the classes if they are known. For rank zero."""
+    """Writes the names of the classes if they are known. Call it on rank zero only."""
     if classes is not None:
         replace_file(Path(recipe.run_folder) / "classes.json", json.dumps([*classes], indent=2) + "\n")
 
 
 def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Marks the run as complete. For rank zero."""
+    """Marks the run as complete. Call it on rank zero only."""
     replace_file(Path(recipe.run_folder) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 

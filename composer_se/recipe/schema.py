@@ -125,7 +125,7 @@ def free_to_change(*, when_resumed: bool) -> tuple[str, ...]:
     """Dotted keys that may differ, with all below them, without making a recipe another one.
 
     Args:
-        when_resumed: In a run that continues. Else in a complete one, whose weights and accuracy are what they are.
+        when_resumed: True for a run that continues, False for a complete one, whose result is fixed.
     """
     reading = tuple(f"{section}.{argument}" for section in ("train_dataset", "eval_dataset") for argument in READING)
     return (*keys("free"), *(keys("resume") if when_resumed else ()), *reading)

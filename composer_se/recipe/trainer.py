@@ -47,11 +47,11 @@ class Parts:
     """The parts of a Trainer, before any algorithm has changed the network.
 
     Attributes:
-        network: With the same initial weights for a seed, whatever the algorithms.
+        network: The network. A seed gives the same initial weights, whatever the algorithms.
         num_classes: The number of its outputs.
         algorithms: The recipe's, and the one that freezes what the recipe does not train.
-        optimizer: Of the network's parameters; None where nothing is trained.
-        scheduler: Of its learning rate, or None.
+        optimizer: The optimizer of the network's parameters; None where nothing is trained.
+        scheduler: The scheduler of its learning rate, or None.
         train_loader: This process's share of the training data; None where nothing is trained.
         eval_loader: Its share of the held-out data, or None.
         classes: The names of the training data's classes, or None.
@@ -137,7 +137,7 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
 
     Args:
         network: On the image's device.
-        image: As the training data yields it, (C, H, W).
+        image: An image as the training data yields it, (C, H, W).
         name: The network's name in the recipe.
 
     Returns:
@@ -204,7 +204,7 @@ def end_trainer(trainer: composer.Trainer) -> None:
 
 
 def release_memory() -> None:
-    """Collects what ended Trainers leave behind: reference cycles, which a GPU's memory does not hurry."""
+    """Frees the memory of ended Trainers, which are in reference cycles: a full GPU does not start the collector."""
     # Saving a checkpoint leaves the network in this cache of torch.
     getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", lambda: None)()
     gc.collect()

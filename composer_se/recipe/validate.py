@@ -283,7 +283,7 @@ def advise_identity(plan: RunPlan, loaded: Iterable[str] | None) -> None:
     """Logs that random blocks make a pretrained network start worse than it is.
 
     Args:
-        plan: Of the run.
+        plan: The plan of the run.
         loaded: The names of the weights in the file of `load_path`, if there is one.
     """
     pretrained = any(plan.model.arguments.get(key) for key in ("weights", "pretrained"))

@@ -61,8 +61,8 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
     differs from the file in this number alone. Auxiliary classifiers that the network lacks are left out.
 
     Args:
-        network: Before any algorithm has changed it.
-        weights: By name.
+        network: The network, before any algorithm has changed it.
+        weights: The tensors by name.
         source: Their name or file, for the messages.
 
     Raises:

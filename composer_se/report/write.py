@@ -89,7 +89,7 @@ def _as_data_url(path: Path) -> str | None:
 
 
 def _plan(recipe: Recipe, num_classes: int | None) -> Plan | None:
-    """The plan of SE on the recipe's network, or None where it has none."""
+    """Plans SE on the recipe's network; None if the recipe has no SE."""
     options = squeeze_excite_options(recipe)
     if options is None:
         return None

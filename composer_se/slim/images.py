@@ -20,7 +20,7 @@ def halves(loader: DataLoader) -> list[tuple[Iterable[Any], int]]:
     """Splits the images of a loader at random, always in the same way.
 
     Args:
-        loader: Of a map-style data set of (image, label).
+        loader: The loader of a map-style data set of (image, label).
 
     Returns:
         The batches of the deciding and of the reporting half, in the loader's order, each with its number of images.

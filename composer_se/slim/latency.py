@@ -32,7 +32,7 @@ def measure_latencies(
     """Times the network at some points of the curve: all blocks, none, the chosen number, and some between them.
 
     Args:
-        network: In evaluation mode.
+        network: The network, in evaluation mode.
         means: The gates by layer.
         points: The curve.
         chosen: The number of fixed blocks that is timed in any case.

@@ -63,7 +63,7 @@ def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, 
 
     Args:
         folder: The folder; made if it doesn't exist.
-        recipe: From `slim_recipe`.
+        recipe: The recipe that `slim_recipe` made.
         network: The network without the removed blocks.
         found: The content of `slim.json`.
 

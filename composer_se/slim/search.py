@@ -28,11 +28,11 @@ Batches = Iterable[Any]
 
 @dataclass(frozen=True)
 class Score:
-    """The network on some images.
+    """How accurate the network is on some images.
 
     Attributes:
         accuracy: Share of the images that are classified correctly.
-        change: Against the network with all blocks, with its 95 % interval over images.
+        change: The change from the network with all blocks, with its 95 % interval over images.
     """
 
     accuracy: float
@@ -45,7 +45,7 @@ class Point:
 
     Attributes:
         fixed: The layer whose block it was; None for the network with all blocks.
-        parameters: Of the network.
+        parameters: The number of the network's parameters.
         deciding: The score on the images that decide which blocks are fixed.
         reporting: The score on the images that decide nothing.
     """
@@ -61,7 +61,7 @@ def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor],
     """The mean gates of the blocks that can be folded, (C,) in float64, and the reasons why the others can't.
 
     Args:
-        network: In evaluation mode.
+        network: The network, in evaluation mode.
         batches: The images.
 
     Returns:
