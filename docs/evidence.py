@@ -67,8 +67,8 @@ def held_out_training_images(
     train: bool, root: str, num_held_out: int, image_size: int = 28, num_channels: Literal[1, 3] = 1
 ) -> Dataset:
     """Training images of Fashion-MNIST that `num_samples` leaves out, prepared like test images."""
-    from composer_se.recipe.image_sets import fashion_mnist
-    from composer_se.recipe.loaders import SeededImages
+    from composer_se.parts.image_sets import fashion_mnist
+    from composer_se.parts.loaders import SeededImages
 
     del train
     images: Any = fashion_mnist(True, root).images

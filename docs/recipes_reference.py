@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from composer_se.recipe.data import DATASETS
+from composer_se.parts.data import DATASETS
 from composer_se.recipe.load import load_recipe, shipped_recipes
 from composer_se.recipe.schema import READING, Recipe
 

@@ -18,9 +18,9 @@ from torch import nn
 
 from composer_se.cli import main
 from composer_se.commands.network import add_network_arguments, read_network
-from composer_se.recipe.image_sets import image_folder
+from composer_se.parts.image_sets import image_folder
+from composer_se.parts.loaders import SeededImages
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.run_folder import check_classes, write_classes, write_recipe, write_summary
 from composer_se.recipe.validate import make_plan
 
@@ -188,7 +188,7 @@ def test_a_tree_that_may_not_be_read_is_refused_in_one_line(
     def forbidden(path: Path) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr("composer_se.recipe.image_tree.os.scandir", forbidden)
+    monkeypatch.setattr("composer_se.parts.image_tree.os.scandir", forbidden)
     assert main(["train", "mine.yaml", "model.num_classes=3"]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert "train_dataset.root: can't be read ([Errno 13] Permission denied: 'photos')" in line

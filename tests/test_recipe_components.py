@@ -16,8 +16,8 @@ from composer.loggers import LoggerDestination
 
 import composer_se
 from composer_se.errors import UserError
-from composer_se.recipe.arguments import check_arguments, construct
-from composer_se.recipe.components import components, resolve
+from composer_se.parts.arguments import check_arguments, construct
+from composer_se.parts.components import components, resolve
 
 BASES = {
     "algorithms": ([composer.algorithms], Algorithm),

@@ -14,10 +14,10 @@ from composer.utils.misc import add_vision_dataset_transform
 from torchvision.transforms import ToTensor
 
 from composer_se.errors import UserError
-from composer_se.recipe.data import DATASETS, image_size
-from composer_se.recipe.image_sets import cifar10, digits, fashion_mnist, imagenet, synthetic
+from composer_se.parts.data import DATASETS, image_size
+from composer_se.parts.image_sets import cifar10, digits, fashion_mnist, imagenet, synthetic
+from composer_se.parts.loaders import SeededImages
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.loaders import SeededImages
 from composer_se.recipe.trainer import build_parts
 from composer_se.recipe.validate import make_plan
 
@@ -200,7 +200,7 @@ def test_streamed_shards_are_shuffled_and_augmented_by_epoch(tmp_path: Path) -> 
     streaming = pytest.importorskip("streaming")
     from PIL import Image
 
-    from composer_se.recipe.image_sets import streaming as streamed
+    from composer_se.parts.image_sets import streaming as streamed
 
     rng = np.random.default_rng(0)
     with streaming.MDSWriter(out=str(tmp_path / "train"), columns={"x": "jpeg", "y": "int"}) as writer:

@@ -11,8 +11,8 @@ from torch import nn
 
 from composer_se.cli import main
 from composer_se.errors import UserError
-from composer_se.recipe.cifar_resnet import CIFARResNet
-from composer_se.recipe.models import build_network, network_names
+from composer_se.parts.cifar_resnet import CIFARResNet
+from composer_se.parts.models import build_network, network_names
 
 
 @pytest.mark.parametrize(("depth", "millions"), [(8, 0.08), (20, 0.27), (32, 0.46), (44, 0.66), (56, 0.85), (110, 1.7)])

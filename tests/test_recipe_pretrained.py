@@ -21,11 +21,11 @@ import composer_se
 from composer_se.commands.train import run_recipe
 from composer_se.commands.trained_network import load_trained
 from composer_se.errors import UserError
+from composer_se.parts.models import build_network, check_network, without_weights
+from composer_se.parts.weights import read_plain_weights, read_weights
 from composer_se.recipe import validate
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import build_network, check_network, without_weights
 from composer_se.recipe.validate import advise_identity, make_plan
-from composer_se.recipe.weights import read_plain_weights, read_weights
 
 # One network of each family, with its classifier.
 CLASSIFIERS = {

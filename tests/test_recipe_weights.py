@@ -10,7 +10,7 @@ import torch
 import composer_se
 from composer_se.commands.train import run_recipe
 from composer_se.errors import UserError
-from composer_se.recipe.models import build_network
+from composer_se.parts.models import build_network
 
 SHORT = ("max_duration=1ba", "train_batch_size=16", "eval_dataset=null", "progress_bar=false", "device=cpu")
 STILL = ("optimizer.lr=0", "optimizer.weight_decay=0", "scheduler=null")  # the weights stay what was loaded

@@ -12,7 +12,7 @@ import pytest
 from helpers import final_accuracy
 
 from composer_se.cli import main
-from composer_se.recipe.data import image_size
+from composer_se.parts.data import image_size
 from composer_se.report.write import write_report
 
 VOID = {"meta", "img", "path", "use", "rect", "stop", "br"}

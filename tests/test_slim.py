@@ -30,8 +30,8 @@ from composer_se.commands.trained_network import load_trained
 from composer_se.errors import UserError
 from composer_se.measure import timing
 from composer_se.measure.uncertainty import change_of_share
+from composer_se.parts.models import build_network
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import build_network
 from composer_se.slim import latency, search
 from composer_se.slim.images import halves
 from composer_se.slim.output import slim_recipe

@@ -14,9 +14,9 @@ import torch
 from recipe_runs import TINY, assert_same_weights, environment, final_state, train, train_until
 
 import composer_se
-from composer_se.recipe.data import digits
-from composer_se.recipe.loaders import SeededImages
-from composer_se.recipe.models import build_network
+from composer_se.parts.data import digits
+from composer_se.parts.loaders import SeededImages
+from composer_se.parts.models import build_network
 
 pytestmark = pytest.mark.launch
 

@@ -19,8 +19,8 @@ from recipe_runs import TINY, assert_same_weights, environment, final_state, tra
 from torch import nn
 
 import composer_se
+from composer_se.parts.models import build_network
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import build_network
 from composer_se.recipe.run import train as train_here
 from composer_se.recipe.trainer import Parts, build_parts, end_trainer, make_trainer
 from composer_se.recipe.validate import make_plan

@@ -60,9 +60,9 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
 
 
 def _read_recipe(name: str) -> NamedNetwork:
-    from composer_se.recipe.data import image_size
+    from composer_se.parts.data import image_size
+    from composer_se.parts.models import without_weights
     from composer_se.recipe.load import load_recipe
-    from composer_se.recipe.models import without_weights
     from composer_se.recipe.validate import plan_network, squeeze_excite_options
 
     recipe = load_recipe(name)
@@ -76,7 +76,7 @@ def _read_recipe(name: str) -> NamedNetwork:
 
 
 def _build_model(name: str) -> nn.Module:
-    from composer_se.recipe.models import build_network
+    from composer_se.parts.models import build_network
 
     return build_network(name)
 
@@ -84,7 +84,7 @@ def _build_model(name: str) -> nn.Module:
 def _read_factory(spec: str) -> Callable[[], nn.Module]:
     from torch import nn
 
-    from composer_se.recipe.own_parts import own_part
+    from composer_se.parts.own_parts import own_part
 
     if not all(spec.partition(":")):
         raise UserError(f"{spec!r} is not of the form package.module:factory; to take a registered model, use --model")

@@ -15,16 +15,16 @@ from torch.utils.data import DataLoader
 
 from composer_se.errors import UserError, one_line
 from composer_se.gates.observe import se_blocks
+from composer_se.parts.data import DATASETS
+from composer_se.parts.loaders import Split
+from composer_se.parts.models import with_num_classes, without_weights
+from composer_se.parts.weights import LoadedWeights, read_plain_weights
 from composer_se.recipe.checkpoints import LATEST, WEIGHTS, check_whole
-from composer_se.recipe.data import DATASETS
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.loaders import Split
-from composer_se.recipe.models import with_num_classes, without_weights
 from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, count_classes, make_plan
-from composer_se.recipe.weights import LoadedWeights, read_plain_weights
 
 __all__ = ["Trained", "load_trained"]
 

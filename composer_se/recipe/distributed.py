@@ -12,7 +12,7 @@ from composer.utils import dist
 
 from composer_se.errors import UserError
 from composer_se.launch import threads_for
-from composer_se.recipe.data import image_size
+from composer_se.parts.data import image_size
 from composer_se.recipe.schema import Recipe
 
 __all__ = ["SameBuffers", "from_rank_zero", "join_processes"]

@@ -16,6 +16,7 @@ from composer.utils import dist
 
 from composer_se.errors import UserError, one_line
 from composer_se.launch import say
+from composer_se.parts.weights import LoadedWeights, read_plain_weights
 from composer_se.recipe.checkpoints import (
     check_latest,
     explain_failed_write,
@@ -38,7 +39,6 @@ from composer_se.recipe.run_folder import (
 from composer_se.recipe.schema import Recipe, keys
 from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer
 from composer_se.recipe.validate import RunPlan, advise_identity, make_plan, squeeze_excite_options
-from composer_se.recipe.weights import LoadedWeights, read_plain_weights
 
 __all__ = ["exit_code_of", "train"]
 

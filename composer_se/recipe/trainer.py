@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from composer_se.errors import UserError, one_line
-from composer_se.recipe.arguments import argument_blamed, construct
-from composer_se.recipe.loaders import Split
+from composer_se.parts.arguments import argument_blamed, construct
+from composer_se.parts.loaders import Split
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.validate import Component, DataPlan, RunPlan, log_once
 from composer_se.trainable import train_only

@@ -21,10 +21,10 @@ from composer.loggers import TensorboardLogger
 from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError, did_you_mean
 from composer_se.options import SqueezeExciteOptions
-from composer_se.recipe.arguments import check_arguments, construct
-from composer_se.recipe.components import resolve
-from composer_se.recipe.data import DataSet, find_dataset
-from composer_se.recipe.models import check_network, with_num_classes
+from composer_se.parts.arguments import check_arguments, construct
+from composer_se.parts.components import resolve
+from composer_se.parts.data import DataSet, find_dataset
+from composer_se.parts.models import check_network, with_num_classes
 from composer_se.recipe.schema import Recipe
 
 __all__ = [

@@ -14,10 +14,10 @@ import torch
 
 from composer_se.errors import UserError
 from composer_se.files import replace_file
+from composer_se.parts.data import image_size
+from composer_se.parts.models import with_num_classes, without_weights
 from composer_se.planning import Plan, plan
-from composer_se.recipe.data import image_size
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.models import with_num_classes, without_weights
 from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.validate import plan_network, squeeze_excite_options

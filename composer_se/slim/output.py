@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from composer_se.files import replace_file
+from composer_se.parts.models import without_weights
 from composer_se.recipe.checkpoints import WEIGHTS
 from composer_se.recipe.load import as_yaml
-from composer_se.recipe.models import without_weights
 from composer_se.recipe.schema import Recipe
 from composer_se.selection import following_norms
 from composer_se.show.text import to_json

@@ -17,10 +17,10 @@ from composer.utils import dist
 from torch import Tensor, nn
 
 from composer_se.errors import UserError, did_you_mean, one_line
-from composer_se.recipe.arguments import check_arguments, construct, type_hints
-from composer_se.recipe.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
-from composer_se.recipe.own_parts import own_part
-from composer_se.recipe.weights import load_weights, read_weights
+from composer_se.parts.arguments import check_arguments, construct, type_hints
+from composer_se.parts.cifar_resnet import CIFAR_DEPTHS, CIFARResNet
+from composer_se.parts.own_parts import own_part
+from composer_se.parts.weights import load_weights, read_weights
 
 __all__ = ["build_network", "check_network", "network_names", "with_num_classes", "without_weights"]
 

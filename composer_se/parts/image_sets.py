@@ -16,8 +16,8 @@ from torchvision import transforms as v1
 from torchvision.transforms import v2
 
 from composer_se.errors import one_line
-from composer_se.recipe.image_tree import ImageTree, split_folder, split_indices
-from composer_se.recipe.loaders import Images, StreamedImages
+from composer_se.parts.image_tree import ImageTree, split_folder, split_indices
+from composer_se.parts.loaders import Images, StreamedImages
 
 __all__ = ["cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "imagenet", "streaming", "synthetic"]
 

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from composer_se.errors import UserError, did_you_mean, one_line
-from composer_se.recipe.image_sets import (
+from composer_se.parts.image_sets import (
     cifar10,
     cifar100,
     digits,
@@ -28,9 +28,9 @@ from composer_se.recipe.image_sets import (
     streaming,
     synthetic,
 )
-from composer_se.recipe.image_tree import count_tree_classes, find_tree_fault
-from composer_se.recipe.loaders import Images, SeededImages, Split
-from composer_se.recipe.own_parts import own_part
+from composer_se.parts.image_tree import count_tree_classes, find_tree_fault
+from composer_se.parts.loaders import Images, SeededImages, Split
+from composer_se.parts.own_parts import own_part
 
 __all__ = ["DATASETS", "DataSet", "find_dataset", "image_size"]
 

@@ -20,7 +20,7 @@ from composer.core import Algorithm, Callback
 from composer_se.algorithm import SqueezeExcite
 from composer_se.errors import UserError, did_you_mean
 from composer_se.gate_monitor import GateMonitor
-from composer_se.recipe.own_parts import own_part
+from composer_se.parts.own_parts import own_part
 
 __all__ = ["components", "resolve"]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from composer_se.errors import UserError, did_you_mean, one_line
-from composer_se.recipe.arguments import signature, type_hints
+from composer_se.parts.arguments import signature, type_hints
 
 __all__ = ["own_part"]
 
