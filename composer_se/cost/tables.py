@@ -64,14 +64,14 @@ def _counts_table(study: Study) -> Table:
         counts = study.counts[variant.name]
         cells = [
             str(len(variant.layers)) if variant.layers else "-",
-            _times(counts.parameters, plain.parameters, ""),
-            _times(counts.multiply_adds, plain.multiply_adds, ""),
-            _times(counts.saved_bytes, plain.saved_bytes, "B"),
+            _beside_plain(counts.parameters, plain.parameters, ""),
+            _beside_plain(counts.multiply_adds, plain.multiply_adds, ""),
+            _beside_plain(counts.saved_bytes, plain.saved_bytes, "B"),
         ]
         if not compiled:
             cells.append(_span(counts.passes))
         if counts.peak_bytes is not None and plain.peak_bytes is not None:
-            cells.append(_times(counts.peak_bytes, plain.peak_bytes, "B"))
+            cells.append(_beside_plain(counts.peak_bytes, plain.peak_bytes, "B"))
         table.add_row(variant.name, *cells)
     return table
 
@@ -137,7 +137,7 @@ def _layers_table(times: LayerTimes, mode: str) -> Table:
     return table
 
 
-def _times(value: int, plain: int, unit: str) -> str:
+def _beside_plain(value: int, plain: int, unit: str) -> str:
     """An amount in the thousands of the plain network's, and below it the ratio to that."""
     scale, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if plain >= s), (1.0, ""))
     amount = f"{value / scale:.2f} {prefix}{unit}"

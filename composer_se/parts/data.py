@@ -94,6 +94,7 @@ def _no_streaming(train: bool, arguments: Mapping[str, Any]) -> tuple[str, str] 
     return "name", "streaming needs mosaicml-streaming; install it with pip install 'composer-se[streaming]'"
 
 
+_IMAGENET_ROOT = inspect.signature(imagenet).parameters["root"].default
 _DOWNLOADED = "downloaded to `root` unless it is there, in torchvision's layout"
 
 DATASETS = {
@@ -113,8 +114,8 @@ DATASETS = {
     "imagenet": DataSet(
         imagenet,
         "`root/train/CLASS/*` and `root/val/CLASS/*`, images of any size; classes are numbered by name",
-        partial(count_tree_classes, root="imagenet"),
-        find_fault=partial(find_tree_fault, root="imagenet"),
+        partial(count_tree_classes, root=_IMAGENET_ROOT),
+        find_fault=partial(find_tree_fault, root=_IMAGENET_ROOT),
     ),
     "streaming": DataSet(
         streaming,
