@@ -37,12 +37,9 @@ FINETUNING_ARMS = {
     "SE, head": (),
     "SE, norms, head": ("trainable=[se, norms, head]",),
     "random SE, head": ("algorithms.squeeze_excite.init=default",),
-    "convs, head": (NO_SE, "trainable=['*conv*', head]"),
-    "SE, convs, head": ("trainable=[se, '*conv*', head]",),
     "everything": (NO_SE, "trainable=null"),
     "everything, SE": ("trainable=null",),
 }
-# "convs" leave the norms as they are. "everything" trains them, with the statistics of each batch.
 FINETUNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 PLACEMENT = "fashion_mnist_resnet8"

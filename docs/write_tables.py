@@ -31,7 +31,6 @@ PLACEMENT = RESULTS / "placement"
 SE_BESIDE = (
     ("SE, head", "head"),
     ("SE, norms, head", "norms, head"),
-    ("SE, convs, head", "convs, head"),
     ("everything, SE", "everything"),
     ("SE, head", "random SE, head"),
 )
