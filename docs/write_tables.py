@@ -27,12 +27,12 @@ TRAINABLE = RESULTS / "trainable-resnet50.json"
 PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 FINETUNING = RESULTS / "finetuning"
-PLACEMENT = RESULTS / "placement"
+STUDY = RESULTS / "study"
 SE_BESIDE = (
     ("SE, head", "head"),
     ("SE, norms, head", "norms, head"),
     ("everything, SE", "everything"),
-    ("SE, head", "random SE, head"),
+    ("SE, head", "everything"),
 )
 CODE = {"plain": "plain", "composer-se": "**composer-se**", "composer": "Composer's built-in"}
 KINDS = ("training step", "inference, batch 1", "inference, batch 16")
@@ -133,15 +133,12 @@ def pages() -> dict[Path, str]:
         DOCS / "cost.md": {"cost": cost_table(cost)},
         DOCS / "comparing.md": {"claims": claims_table(RESULTS / "claims")},
     }
-    studies = {}
-    if (FINETUNING / "results.json").is_file():
-        studies["finetuning"] = finetuning_table(FINETUNING)
-    if (PLACEMENT / "results.md").is_file():
-        studies["placement"] = placement_table((PLACEMENT / "results.md").read_text())
-    if (PLACEMENT / "slim").is_dir():
-        studies["slimmed"] = slimmed_table(PLACEMENT / "slim")
-    if studies:
-        tables[DOCS / "does-it-pay.md"] = studies
+    tables[DOCS / "does-it-pay.md"] = {
+        "pays": recommendations(),
+        "finetuning": finetuning_table(FINETUNING),
+        "rates": rates_table(FINETUNING),
+        "study": study_table((STUDY / "results.md").read_text()),
+    }
     if "layers" in cost:
         tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
     if PAPER.is_file():
@@ -158,6 +155,100 @@ def pages() -> dict[Path, str]:
         for name, table in of_page.items():
             filled[page] = _replaced(filled[page], page, name, table)
     return filled
+
+
+def recommendations() -> str:
+    """What to do, by situation, and the measurement behind it."""
+    tuned, scratch = (json.loads((folder / "results.json").read_text()) for folder in (FINETUNING, STUDY))
+    steps = json.loads((FINETUNING / "steps.json").read_text())
+    judged = {arm["arm"]: arm for arm in tuned["judgements"]}
+    blocks = judged["SE, head"]
+    memory = steps["SE, head"]["saved_bytes"] / steps["everything"]["saved_bytes"]
+    last_stage = next(arm for arm in scratch["judgements"] if arm["arm"] == "SE")
+    cost, slim = json.loads(COST.read_text()), json.loads(SLIM.read_text())
+    layers = cost["layers"]
+    added = dict(zip(((k["channels"], k["height"]) for k in layers["kinds"]), _added_in_batches(layers), strict=True))
+    network = next(row for row in cost["rows"] if row["code"] == "composer-se")
+    fewer = slim["latency"]["1"]
+    slimmed = ratio_of_means(fewer[str(slim["chosen"])], fewer["0"]).with_spread()
+    rows = [
+        (
+            "Fine-tuning, the rest frozen",
+            "SE at identity: `trainable: [se, head]`",
+            f"{_points(blocks['equal_epochs'])} points beside the classifier alone, {_points(blocks['equal_time'])} at "
+            "equal training time",
+        ),
+        (
+            "Fine-tuning with little memory",
+            "the same, in place of training everything",
+            f"{_paired(tuned, 'SE, head', 'everything')} points; {memory:.2f} of the memory for backward, "
+            f"{_step_time(tuned, 'SE, head', 'everything')} of the time",
+        ),
+        (
+            "Fine-tuning everything",
+            "no SE, unless a comparison on your data shows a gain",
+            f"{_paired(tuned, 'everything, SE', 'everything')} points with SE, which takes "
+            f"{_step_time(tuned, 'everything, SE', 'everything')} of the time",
+        ),
+        (
+            "Pretrained weights",
+            "never random blocks: set `init: identity`",
+            f"{_paired(tuned, 'random SE, head', 'SE, head')} points with random blocks",
+        ),
+        (
+            "From scratch",
+            "SE on the last stage (`min_channels: auto`), after a comparison on your data",
+            f"{_points(last_stage['equal_epochs'])} points, {_points(last_stage['equal_time'])} at equal time: open",
+        ),
+        (
+            "Large maps",
+            "leave them alone, or expect slower inference",
+            f"for 16 images SE adds {added[512, 28]:.1f} ms behind a conv of 512×28×28, {added[2048, 7]:.1f} ms behind "
+            "one of 2048×7×7",
+        ),
+        (
+            "Served at batch 1",
+            "few blocks; `composer-se slim` removes the others",
+            f"latency {Interval(**blocks['latency']).with_spread()} with 34 blocks; {slimmed} after slim has removed "
+            f"{slim['chosen']} of {slim['blocks']}",
+        ),
+        (
+            "Served in batches",
+            "as many blocks as pay",
+            f"{_ratio(network['times']['inference, batch 16']['ratio'])} of plain inference, 42 blocks in a ResNet-50",
+        ),
+    ]
+    return "\n".join(markdown_table(["situation", "recommendation", "measured"], rows))
+
+
+def _added_in_batches(layers: dict[str, Any]) -> list[float]:
+    """Milliseconds that SE adds to each kind of layer in inference in batches."""
+    mode = next(mode for mode in layers["modes"] if mode.startswith("inference") and not mode.endswith("batch 1"))
+    return layers["modes"][mode]["milliseconds"]["composer-se"]
+
+
+def _paired(found: dict[str, Any], ours: str, theirs: str) -> str:
+    runs = found["runs"]
+    accuracies = ([run["accuracies"][-1][1] for run in runs[arm]] for arm in (ours, theirs))
+    difference = mean_difference(*accuracies)
+    return _points({"value": difference.value, "low": difference.low, "high": difference.high})
+
+
+def _step_time(found: dict[str, Any], ours: str, theirs: str) -> str:
+    return ratio_of_means(*(found["speeds"][arm]["step"] for arm in (ours, theirs))).with_spread()
+
+
+def rates_table(folder: Path) -> str:
+    """The accuracies that the learning rates were chosen by."""
+    chosen = json.loads((folder / "chosen.json").read_text())
+    rates = sorted({rate for of_arm in chosen.values() for rate in of_arm}, key=float)
+    rows = []
+    for arm, of_arm in chosen.items():
+        cells = [f"{100 * of_arm[rate]:.1f}" if rate in of_arm else "" for rate in rates]
+        best = rates.index(max(of_arm, key=of_arm.__getitem__))
+        cells[best] = f"**{cells[best]}**"
+        rows.append([arm, *cells])
+    return "\n".join(markdown_table(["trains", *rates], rows))
 
 
 def finetuning_table(folder: Path) -> str:
@@ -182,61 +273,32 @@ def finetuning_table(folder: Path) -> str:
         )
     heads = ["trains", "learning rate", "trained parameters", "saved for backward", "step time", "accuracy, %"]
     heads += ["beside `head`", "beside `head` at equal time"]
-    accuracies = {arm: [run["accuracies"][-1][1] for run in runs] for arm, runs in found["runs"].items()}
-    pairs = [(ours, theirs, mean_difference(accuracies[ours], accuracies[theirs])) for ours, theirs in SE_BESIDE]
-    seeds = len(next(iter(accuracies.values())))
+    statistics = json.loads((folder / "statistics.json").read_text())
+    seeds = len(found["judgements"][0]["accuracies"])
+    pairs = "; ".join(f"`{ours}` beside `{theirs}`: {_paired(found, ours, theirs)}" for ours, theirs in SE_BESIDE)
     return "\n".join(
         [
             *markdown_table(heads, rows),
             "",
             f"Accuracy on the 10,000 test images, mean ± standard deviation over {seeds} seeds. Differences in points, "
-            "paired by seed, with 95 % intervals. "
-            + "; ".join(
-                f"`{ours}` beside `{theirs}`: {_points({'value': pair.value, 'low': pair.low, 'high': pair.high})}"
-                for ours, theirs, pair in pairs
-            )
-            + ".",
+            f"paired by seed, with 95 % intervals. {pairs}.",
             "",
-            f"Step times measured in turns; {Machine(**found['machine'])}.",
+            f"Step times measured in turns, as ratios; {Machine(**found['machine'])}.",
+            "",
+            "A linear classifier on the pretrained features reaches "
+            f"{100 * statistics['ImageNet']:.1f} % with the norms' statistics of ImageNet, and "
+            f"{100 * statistics['Fashion-MNIST']:.1f} % with those of Fashion-MNIST.",
         ]
     )
 
 
-def placement_table(report: str) -> str:
+def study_table(report: str) -> str:
     """The table of a comparison's report, its sentences and its conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
     sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
     decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
     return f"{table}\n{''.join(decided)}\n{conditions}"
-
-
-def slimmed_table(folder: Path) -> str:
-    """What slimming brought to each seed's network, and in the mean."""
-    rows, changes = [], []
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
-        chosen = str(found["chosen"])
-        change = found["points"][found["chosen"]]["reporting"]["change"]
-        changes.append(change["value"])
-        times = [
-            ratio_of_means(found["latency"][size][chosen], found["latency"][size]["0"]).with_spread()
-            if found["chosen"]
-            else "1"
-            for size in ("1", "16")
-        ]
-        seed = path.stem.rpartition("seed")[2]
-        rows.append([seed, f"{chosen} of {found['blocks']}", _points(change), *times])
-    total = mean_difference(changes, [0.0] * len(changes))
-    heads = ["seed", "blocks removed", "accuracy", "latency, batch 1", "latency, batch 16"]
-    return "\n".join(
-        [
-            *markdown_table(heads, rows),
-            "",
-            "Accuracy: the change in points on 5,000 test images that decided nothing, with its 95 % interval. Over "
-            f"the seeds it is {_points({'value': total.value, 'low': total.low, 'high': total.high})}.",
-        ]
-    )
 
 
 def _points(difference: dict[str, float] | None) -> str:
