@@ -43,10 +43,11 @@ def replace_file(path: Path, content: str | bytes) -> None:
             raise
 
 
-def failed_write(path: Path, error: OSError, folder: Path, origin: str = "the last checkpoint") -> UserError:
-    """The complaint about a file that can't be written. The same command continues from `origin`."""
+def failed_write(path: Path, error: OSError, folder: Path, origin: str = "") -> UserError:
+    """The complaint about a file that can't be written. The same command continues from `origin`, or begins again."""
     reason = error.strerror or one_line(error)
     with contextlib.suppress(OSError):
         reason += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}"
     remedy = "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "change that"
-    return UserError(f"{path}: can't be written ({reason}); {remedy}, and the same command continues from {origin}")
+    again = f"the same command continues from {origin}" if origin else "give the same command again"
+    return UserError(f"{path}: can't be written ({reason}); {remedy}, and {again}")

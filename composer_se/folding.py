@@ -106,8 +106,9 @@ def _output_follows(layer: nn.Module, gates: Tensor) -> bool:
     layer = copy.deepcopy(layer).cpu().double().eval()
     kernels = zip(getattr(layer, "kernel_size", (1,)), getattr(layer, "dilation", (1,)), strict=True)
     size = max(2 + dilation * (kernel - 1) for kernel, dilation in kernels)
+    shape = getattr(layer, "normalized_shape", (0, size, size))[1:]  # a layer norm takes maps of one size only
     generator = torch.Generator().manual_seed(0)
-    maps = torch.randn(2, getattr(layer, "in_channels", len(gates)), size, size, generator=generator).double()
+    maps = torch.randn(2, getattr(layer, "in_channels", len(gates)), *shape, generator=generator).double()
     expected = layer(maps) * gates.cpu().double().view(-1, 1, 1)
     _scale(layer, gates.cpu())
     return torch.allclose(layer(maps), expected)

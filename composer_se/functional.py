@@ -91,10 +91,9 @@ def apply_squeeze_excite(
         _warn_of_no_conv(model, selection)
         return {}
     _note_narrow_blocks(selection)
-    norms = following_norms(model)
     wrappers: dict[nn.Module, SqueezeExcited] = {}
     for choice in selection.chosen:
-        conv, width, norm = choice.conv, choice.latent_channels, norms.get(choice.conv)
+        conv, width, norm = choice.conv, choice.latent_channels, choice.norm
         if options.placement == "conv":
             wrappers[conv] = SqueezeExciteConv2d(
                 conv=conv, latent_channels=width, followed_by_norm=norm is not None, init=options.init

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import math
 import sys
@@ -15,7 +14,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
 
-from composer_se.gates.observe import GateStatistics, describe, gate_sums, observe_logits, se_blocks, sums_size
+from composer_se.gates.observe import GateStatistics, describe, gate_sums, no_sums, observing, se_blocks
 from composer_se.modules import SqueezeExcite2d
 
 __all__ = ["GateMonitor"]
@@ -81,7 +80,8 @@ class GateMonitor(Callback):
         """Clears the sums: automatic microbatching runs a batch again when memory did not suffice."""
         if self._observing:
             self._blocks = se_blocks(state.model)
-            self._sums = {}
+            device = next(state.model.parameters()).device
+            self._sums = {name: no_sums(block, device) for name, block in self._blocks.items()}
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Hooks the blocks for one forward pass."""
@@ -91,9 +91,7 @@ class GateMonitor(Callback):
         if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
             # Compiled code would miss hooks that came later, or keep them when they are gone.
             self._observed_forward.enter_context(torch.compiler.set_stance("force_eager"))
-        for name, block in self._blocks.items():
-            handle = observe_logits(block, functools.partial(self._add, name))
-            self._observed_forward.callback(handle.remove)
+        self._observed_forward.enter_context(observing(self._blocks, self._add))
 
     def after_forward(self, state: State, logger: Logger) -> None:
         """Removes the hooks, so that recomputation in the backward pass and evaluation are not observed."""
@@ -118,22 +116,14 @@ class GateMonitor(Callback):
             self._warn(name, gates)
 
     def _add(self, name: str, logits: Tensor) -> None:
-        sums = gate_sums(logits, self._blocks[name].gate_limit)
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+        self._sums[name] += gate_sums(logits, self._blocks[name].gate_limit)
 
     def _statistics(self) -> dict[str, GateStatistics]:
         """The statistics of each layer that ran, over all processes."""
-        sizes = [sums_size(block) for block in self._blocks.values()]
-        like = next(iter(self._sums.values()), None)
-        if like is None:
-            parameter = next(next(iter(self._blocks.values())).parameters())
-            like = gate_sums(torch.empty(0, 1, device=parameter.device), 1.0)
-        # Every process has the same layout, also where a layer did not run.
-        layers = zip(self._blocks, sizes, strict=True)
-        flat = torch.cat([self._sums.get(name, like.new_zeros(size)) for name, size in layers])
+        sizes = [len(sums) for sums in self._sums.values()]
+        flat = torch.cat(list(self._sums.values()))  # every process has the same layout, also where a layer did not run
         dist.all_reduce(flat)
         values = torch.stack([describe(sums) for sums in flat.split(sizes)]).tolist()
-        self._sums = {}
         return {
             name: GateStatistics(*numbers)
             for name, numbers in zip(self._blocks, values, strict=True)

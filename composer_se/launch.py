@@ -86,7 +86,6 @@ def log_on_terminal() -> Iterator[None]:
     log = logging.getLogger("composer_se")
     propagate = log.propagate
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
     log.addHandler(handler)
     log.propagate = False
     # Composer says this of every evaluation set whose last batch is not full.

@@ -72,8 +72,7 @@ class SqueezeExcite2d(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """A new tensor: the maps of ``input`` scaled by their gates."""
-        gates = torch.sigmoid(self.excite(input.mean((-2, -1)))) * self.gate_limit
-        return input * gates.unsqueeze(-1).unsqueeze(-1)
+        return ops.gate(input, self.excite(input.mean((-2, -1))), self.gate_limit)
 
     def excite(self, squeezed: Tensor) -> Tensor:
         """The logits of the gates, (..., C), from the means of the maps, (..., C)."""
@@ -159,7 +158,7 @@ class SqueezeExciteConv2d(SqueezeExcited):
             z = se.excite(u.mean((-2, -1)))
             return ops.gate_(u, z, limit) if owned else ops.gate(u, z, limit)
         link = ops.Link()
-        through, p = ops.squeeze(u, link)
+        through, p, _ = ops.squeeze(u, link)
         z = se.excite(p.to(u.dtype))
         if self.followed_by_norm and (u.requires_grad or z.requires_grad):
             taken = False if se.is_identity() else None  # PyTorch's norm, for the same bits as before the surgery

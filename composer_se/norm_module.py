@@ -90,7 +90,7 @@ def _batch_norm_and_gate(u: Tensor, norm: Any, se: SqueezeExcite2d) -> Tensor:
     """``se(norm(u))`` in the passes of the norm."""
     link = ops.Link()
     of_batch = norm.training or norm.running_mean is None
-    moments: Any = _Moments.apply(u, link, of_batch)
+    moments: Any = ops.squeeze(u, link, with_variance=of_batch)
     through, p, q = moments
     if of_batch:
         m = p.mean(0)
@@ -122,33 +122,8 @@ def _update_running_statistics(norm: nn.BatchNorm2d, m: Tensor, r: Tensor, count
     ops.Norm(None, norm.eps, None, None, norm.running_mean, norm.running_var, momentum or 0.0).update(m, r, count)
 
 
-class _Moments(torch.autograd.Function):
-    """``u`` for one use by `_Affine`, with the means and, if asked for, the variances of its maps, (N, C)."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, link: ops.Link, with_variance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        p = ops.mean(u)
-        ctx.link = link
-        ctx.save_for_backward(u, p)
-        ctx.set_materialize_grads(False)
-        return u.view_as(u), p, ops.variance(u, p) if with_variance else None
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, None, None]:
-        (g, dp, dq), (u, p), link = grads, ctx.saved_tensors, ctx.link
-        if g is None:
-            return None, None, None
-        area = u.shape[2] * u.shape[3]
-        if link.a is not None:
-            return ops.gradient_of_maps(g, u, p, link.a, dp, dq), None, None
-        # For a second derivative: `g` is that of `u` alone, and all is recorded.
-        for d, of_u in ((dp, 1 / area), (dq, 2 / area * (u - ops.over_maps(p)))):
-            g = g if d is None else g + (ops.over_maps(d) * of_u).to(g.dtype)
-        return g, None, None
-
-
 class _Affine(torch.autograd.Function):
-    """``a (u - p) + b`` for maps and numbers per map; leaves the pass that writes dL/du to `_Moments`."""
+    """``a (u - p) + b`` for maps and numbers per map; leaves the pass that writes dL/du to `ops.squeeze`."""
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, p: Tensor, a: Tensor, b: Tensor, link: ops.Link) -> Tensor:

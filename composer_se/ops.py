@@ -26,6 +26,7 @@ Only `mean`, `variance`, `affine` and `weighted_sums` see maps there. They use P
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,40 +121,43 @@ def _single_maps(u: Tensor) -> Tensor:
 
 def over_maps(per_channel: Tensor) -> Tensor:
     """A view of (..., C) that broadcasts over maps (..., C, H, W)."""
-    return per_channel.view(*per_channel.shape, 1, 1)
+    return per_channel.unsqueeze(-1).unsqueeze(-1)
 
 
 class Link:
-    """What the backward pass of `gated_norm` leaves to that of `squeeze`, which writes dL/du once for both."""
+    """What the backward pass of a norm with gates leaves to that of `squeeze`, which writes dL/du once for both."""
 
     a: Tensor | None = None  # factor (N, C) of the gradient that comes along; None where that is dL/du already
-    dp: Tensor  # the norm's share of dL/dp
-    dq: Tensor | None  # dL/dq; None where the variance of the maps plays no part
+    dq: Tensor | None = None  # dL/dq, where autograd does not bring it
 
 
-def squeeze(u: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-    """``u`` (..., C, H, W) for one use by `gated_norm`, with the same ``link``, and its means as `mean` gives them."""
-    return _Squeeze.apply(u, link)  # pyright: ignore[reportReturnType]
+def squeeze(u: Tensor, link: Link, *, with_variance: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``u`` (..., C, H, W) for one use by a norm, with the same ``link``; its `mean` and, if asked for, `variance`."""
+    return _Squeeze.apply(u, link, with_variance)  # pyright: ignore[reportReturnType]
 
 
 class _Squeeze(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, u: Tensor, link: Link, with_variance: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         p = mean(u)
         ctx.link, ctx.shape, ctx.dtype = link, u.shape, u.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(u, p)
-        return u.view_as(u), p
+        return u.view_as(u), p, variance(u, p) if with_variance else None
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (g, dp), link, area = grads, ctx.link, ctx.shape[-2] * ctx.shape[-1]
-        if g is None or link.a is None:
-            # A view of stride 0: PyTorch's own gradient of the mean writes a full-size tensor.
-            through_p = None if dp is None else over_maps(dp / area).to(ctx.dtype).expand(ctx.shape)
-            return through_p if g is None else g if through_p is None else g + through_p, None
-        u, p = ctx.saved_tensors
-        return gradient_of_maps(g, u, p, link.a, link.dp if dp is None else dp + link.dp, link.dq), None
+        (g, dp, dq), link, area = grads, ctx.link, ctx.shape[-2] * ctx.shape[-1]
+        if g is not None and link.a is not None:
+            u, p = ctx.saved_tensors
+            return gradient_of_maps(g, u, p, link.a, dp, link.dq if dq is None else dq), None, None
+        # A view of stride 0: PyTorch's own gradient of the mean writes a full-size tensor.
+        shares = [g, None if dp is None else over_maps(dp / area).to(ctx.dtype).expand(ctx.shape)]
+        if dq is not None:  # for a second derivative
+            u, p = ctx.saved_tensors
+            shares.append((over_maps(dq * (2 / area)) * (u - over_maps(p))).to(ctx.dtype))
+        shares = [share for share in shares if share is not None]
+        return functools.reduce(torch.add, shares) if shares else None, None, None
 
 
 def gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
@@ -247,7 +251,7 @@ def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, limit: float, n
     ``u`` is (N, C, H, W), with the means ``p`` and the logits ``z`` of the gates, (N, C). Once per map, ``through`` and
     ``link`` are those of `squeeze`, which then writes the gradient of ``u``; after that they are ``u`` and None.
     """
-    inputs = through, z, norm.weight, norm.bias, u, p.detach(), limit, norm, link
+    inputs = through, z, norm.weight, norm.bias, u, p, limit, norm, link
     return _GatedNorm.apply(*inputs)  # pyright: ignore[reportReturnType]
 
 
@@ -314,7 +318,7 @@ class _GatedNorm(torch.autograd.Function):
             d_q = (s * s_term).view_as(p)
         du, a, dp = g, a.view_as(p), torch.addcmul(s * d_sp, a, db, value=-1).view_as(p)
         if link is not None:
-            link.a, link.dp, link.dq = a, dp, d_q
+            link.a, link.dq = a, d_q
         elif needed[0]:
             du = gradient_of_maps(g, u, p, a, dp, d_q)
         d_z = torch.addcmul(d_s, p.view(s.shape), d_sp) * (s * (1 - s / ctx.limit))
@@ -323,7 +327,9 @@ class _GatedNorm(torch.autograd.Function):
             d_z.view_as(z).type_as(z) if needed[1] else None,
             (d_i * inverse).sum(0).view(-1).type_as(weight) if needed[2] else None,
             db.sum(0).view(-1).type_as(bias) if needed[3] else None,
-            *(None,) * 5,
+            None,
+            None if link is None else dp,
+            *(None,) * 3,
         )
 
 

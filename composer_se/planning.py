@@ -217,7 +217,11 @@ def plan(
                 f"map sizes are unknown: the model does not run on a {size[0]}×{size[1]} image of shapes only "
                 f"({type(error).__name__}: {reason})"
             )
-    convs = tuple(_plan_conv(choice, maps) for choice in selection.choices)
+    first = {choice.norm: choice for choice in reversed(selection.choices) if choice.chosen}  # convs may share a norm
+    convs = tuple(
+        _plan_conv(choice, maps, shares_block=options.placement == "norm" and first.get(choice.norm) is not choice)
+        for choice in selection.choices
+    )
     if narrow := [conv for conv in convs if conv.chosen and conv.latent_channels < RECOMMENDED_LATENT_CHANNELS]:
         notes.append(
             f"{len(narrow)} of the blocks are narrower than the recommended {RECOMMENDED_LATENT_CHANNELS} latent "
@@ -237,9 +241,11 @@ def plan(
     )
 
 
-def _plan_conv(choice: ConvChoice, all_maps: Mapping[nn.Module, list[tuple[int, int]]]) -> ConvPlan:
+def _plan_conv(
+    choice: ConvChoice, all_maps: Mapping[nn.Module, list[tuple[int, int]]], *, shares_block: bool
+) -> ConvPlan:
     channels = choice.conv.out_channels
-    weights = 2 * channels * choice.latent_channels if choice.chosen else 0
+    weights = 2 * channels * choice.latent_channels if choice.chosen and not shares_block else 0
     maps = all_maps.get(choice.conv, [])
     num_calls = len(maps) if all_maps else 1
     return ConvPlan(

@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -40,6 +40,7 @@ class ConvChoice:
         chosen: True if it gets a block.
         reason: The reason, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
+        norm: The norm that follows it, if one does.
         too_narrow: True if only its number of channels is in the way.
     """
 
@@ -48,6 +49,7 @@ class ConvChoice:
     chosen: bool
     reason: str
     latent_channels: int
+    norm: nn.Module | None
     too_narrow: bool = False
 
 
@@ -92,7 +94,8 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     names = _conv_names(model)
     _check_patterns(include, "include", names)
     _check_patterns(exclude, "exclude", names)
-    attached = _convs_with_block(model)
+    norms = following_norms(model)
+    attached = _convs_with_block(model, norms)
     unsuited = _unsuited_convs(model)
 
     def count(conv: nn.Conv2d) -> int:
@@ -119,16 +122,16 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
         threshold = int(options.min_channels)
 
     def choose(conv: nn.Conv2d) -> ConvChoice:
-        name, reason = names[conv][0], reasons[conv]
-        if reason is not None:
-            return ConvChoice(name, conv, False, reason, attached.get(conv, 0))
-        if count(conv) < threshold:
-            return ConvChoice(name, conv, False, f"{count(conv)} channels < {threshold}", 0, too_narrow=True)
-        return ConvChoice(name, conv, True, "chosen", latent_width(options.latent_channels, conv.out_channels))
+        reason, width = reasons[conv], attached.get(conv, 0)
+        if too_narrow := reason is None and count(conv) < threshold:
+            reason = f"{count(conv)} channels < {threshold}"
+        elif reason is None:
+            width = latent_width(options.latent_channels, conv.out_channels)
+        return ConvChoice(names[conv][0], conv, reason is None, reason or "chosen", width, norms.get(conv), too_narrow)
 
     choices = tuple(choose(conv) for conv in names)
     if options.placement == "norm":
-        _check_norms(model, choices)
+        _check_norms(choices)
     return Selection(choices, threshold)
 
 
@@ -170,21 +173,29 @@ def _conv_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
     return names
 
 
-def _convs_with_block(model: nn.Module) -> dict[nn.Module, int]:
+def _convs_with_block(model: nn.Module, norms: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, int]:
     """The convs that have a block of ours, behind them or behind the norm that follows, with its width."""
     wrappers = (module for module in model.modules() if isinstance(module, SqueezeExciteConv2d))
     widths = {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
-    norms = following_norms(model).items()
-    return widths | {conv: n.se.latent_channels for conv, n in norms if isinstance(n, SqueezeExciteNorm2d)}
+    return widths | {conv: n.se.latent_channels for conv, n in norms.items() if isinstance(n, SqueezeExciteNorm2d)}
 
 
-def _check_norms(model: nn.Module, choices: Sequence[ConvChoice]) -> None:
-    norms = following_norms(model)
-    if without := [without_prefix(choice.name) for choice in choices if choice.chosen and choice.conv not in norms]:
+def _check_norms(choices: Sequence[ConvChoice]) -> None:
+    chosen = (choice for choice in choices if choice.chosen)
+    without = [without_prefix(c.name) for c in chosen if c.norm is None or _is_channels_last(c.norm)]
+    if without:
         raise ValueError(
-            f'placement is "norm", but no norm follows {len(without)} of the chosen convs ({", ".join(without[:3])}'
-            f'{", …" if len(without) > 3 else ""}). Leave them out with exclude, or set placement="conv".'
+            f'placement is "norm", but no norm of maps follows {len(without)} of the chosen convs '
+            f"({', '.join(without[:3])}{', …' if len(without) > 3 else ''}). Leave them out with exclude, or set "
+            'placement="conv".'
         )
+
+
+def _is_channels_last(norm: nn.Module) -> bool:
+    """Says that a norm takes (N, H, W, C), as ConvNeXt's do: a block behind it would take rows for channels."""
+    # Both LayerNorm2d, timm's and torchvision's, take (N, C, H, W).
+    of_channels = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
+    return of_channels and "2d" not in type(norm).__name__
 
 
 def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:

@@ -28,7 +28,7 @@ from composer_se.compare.run import check
 from composer_se.errors import UserError
 from composer_se.measure.uncertainty import pairs_needed
 from composer_se.recipe.run import train
-from composer_se.recipe.trainer import build_parts
+from composer_se.recipe.trainer import build_parts, make_trainer
 from composer_se.recipe.validate import make_plan
 
 # Digits at their smallest: 5 batches of 16 images per epoch.
@@ -243,7 +243,7 @@ def test_paths_in_a_recipe_follow_the_run() -> None:
 def test_turns_are_spread_over_the_duration(max_duration: str, batches: list[int]) -> None:
     overrides = (*TINY, f"max_duration={max_duration}", "scheduler=null")
     recipe = run_recipes(comparison(Arm("plain", ()), overrides=overrides), 0)["plain"]
-    trainer, _ = speed._build(recipe, speed._Stopwatch(1))
+    trainer = make_trainer(build_parts(recipe, make_plan(recipe)), max_duration=max_duration, progress_bar=False)
     trainer.close()
     shares = (0.125, 0.375, 0.625, 0.875)
     assert [int(speed._at(share, trainer.state, 5, 16).batch) for share in shares] == batches

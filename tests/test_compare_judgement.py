@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from composer_se.compare.arms import Arm, Comparison
-from composer_se.compare.judgement import _is_shown, judge, seeds_needed
+from composer_se.compare.judgement import _is_shown, judge, judge_pilot, seeds_needed
 from composer_se.compare.kept_speeds import _add
 from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.picture import draw
@@ -99,6 +99,14 @@ def test_seeds_needed_is_the_number_whose_interval_is_as_wide_as_the_difference(
     half = [stats.t.ppf(0.975, n - 1) * deviation / math.sqrt(n) for n in (needed - 1, needed)]
     assert half[1] <= np.mean(ours) - np.mean(theirs) < half[0]
     assert seeds_needed(Interval(0.0, -1.0, 1.0), 5) is None
+
+
+def test_a_pilot_whose_seeds_scatter_too_much_says_that_no_number_is_affordable() -> None:
+    runs = {"plain": [outcome(1017, 0.5), outcome(1018, 0.9)], "se": [outcome(1017, 0.9), outcome(1018, 0.5)]}
+    said = judge_pilot(runs, "plain", 1e-5)
+    assert "Over 10,000 seeds would give a 50 % chance" in said
+    assert "over 10,000 an 80 % chance" in said
+    assert "scatter by 56.57 points" in said
 
 
 def test_accuracy_at_a_training_time_is_interpolated_between_the_ends_of_complete_runs() -> None:

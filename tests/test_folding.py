@@ -80,6 +80,17 @@ def test_outputs_stay_where_gates_behind_a_norm_are_constant(norm: nn.Module, tr
     assert list(apply_squeeze_excite(model, 4, 8)) == ["0"]  # which has no mark any more
 
 
+def test_a_layer_norm_of_whole_maps_takes_the_gates() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.LayerNorm([8, 6, 4]))
+    apply_squeeze_excite(model, 4, 8, placement="norm")
+    model = model.double().eval()
+    gates = make_constant(model[1])
+    images = torch.randn(2, 3, 8, 6, dtype=torch.float64)
+    expected = copy.deepcopy(model)(images)
+    fold_constant_gates(model, {"1": gates})
+    torch.testing.assert_close(model(images), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_gates_of_a_block_that_starts_at_identity_are_what_scales() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3))
     apply_squeeze_excite(model, 4, 8, init="identity")

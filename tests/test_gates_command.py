@@ -17,7 +17,8 @@ from two_process_gates import small_network
 from composer_se import apply_squeeze_excite
 from composer_se.cli import main
 from composer_se.errors import UserError
-from composer_se.gates.analysis import Analysis, _compare, analyse
+from composer_se.gates.analysis import Analysis, analyse, score
+from composer_se.gates.observe import se_blocks
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -106,18 +107,18 @@ def test_the_network_is_left_as_it_was(network: nn.Sequential, batches: Batches)
 def test_interval_of_a_change_comes_from_the_verdicts_that_change() -> None:
     before, after = torch.ones(1000, dtype=torch.bool), torch.ones(1000, dtype=torch.bool)
     before[:100], after[100:140] = False, False  # a hundred gained, forty lost
-    ablation = _compare(before, after)
+    ablation = score(before, after)
     assert ablation.accuracy == 0.96
     assert ablation.change.value == pytest.approx(0.06)
     differences = after.double() - before.double()
     assert ablation.change.half_width == pytest.approx(1.96 * float(differences.std()) / math.sqrt(1000), rel=0.01)
     assert ablation.harmless
-    assert not _compare(torch.ones(1000, dtype=torch.bool), before).harmless
+    assert not score(torch.ones(1000, dtype=torch.bool), before).harmless
 
 
 def test_no_change_on_few_images_is_not_certain() -> None:
     same = torch.ones(360, dtype=torch.bool)
-    change = _compare(same, same).change
+    change = score(same, same).change
     assert change.value == 0
     assert change.half_width == pytest.approx(1.96 / 362)
 
@@ -125,6 +126,18 @@ def test_no_change_on_few_images_is_not_certain() -> None:
 def test_labels_must_be_class_numbers(network: nn.Sequential) -> None:
     with pytest.raises(UserError, match="expected one class number per image"):
         analyse(network, [(torch.randn(2, 1, 8, 8), torch.rand(2, 10))])
+
+
+def test_a_label_that_the_network_does_not_know_is_named(network: nn.Sequential) -> None:
+    with pytest.raises(UserError, match="label 10, but the network 10 outputs"):
+        analyse(network, [(torch.randn(2, 1, 8, 8), torch.tensor([0, 10]))])
+
+
+def test_names_show_no_wrapper_of_the_model(network: nn.Sequential) -> None:
+    wrapped = nn.Module()
+    wrapped.add_module("module", network)
+    names = list(se_blocks(network))
+    assert list(se_blocks(torch.compile(wrapped))) == names  # pyright: ignore[reportArgumentType]
 
 
 def test_command_on_a_run_writes_picture_and_numbers(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -233,6 +234,8 @@ def test_photos_train_a_network_of_ones_own_killed_resumed_and_looked_at(folder:
     torch.testing.assert_close(final_state(folder, "mine")["model"], final_state(folder, "at_once")["model"])
     assert "Classes: cat, dog, owl" in (folder / "runs/mine/report.html").read_text()
     (folder / "photos").rename(folder / "moved")  # the run knows its classes without its images
+    shutil.copytree(folder / "moved", folder / "held/val")  # no images to train on
+    assert main(["gates", "runs/mine", "--data", "image_folder:held"]) == 0
     assert main(["gates", "runs/mine", "--data", "image_folder:moved"]) == 0
     layer = json.loads((folder / "runs/mine/gates/gates.json").read_text())["layers"][0]
     assert list(layer["by_class"]) == ["cat", "dog", "owl"]

@@ -213,13 +213,31 @@ def test_convs_that_no_norm_follows_are_named() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
     keys = list(model.state_dict())
     with pytest.raises(
-        ValueError, match=r"no norm follows 2 of the chosen convs \(2, 4\). Leave them out with exclude"
+        ValueError, match=r"no norm of maps follows 2 of the chosen convs \(2, 4\). Leave them out with exclude"
     ):
         apply_squeeze_excite(model, 4, 1, placement="norm")
     assert list(model.state_dict()) == keys
     assert list(apply_squeeze_excite(model, 4, 1, placement="norm", exclude=["2", "4"])) == ["1"]
     with pytest.raises(ValueError, match="placement is 'nrom'; choose \"conv\""):
         apply_squeeze_excite(model, 4, 1, placement="nrom")
+
+
+def test_a_norm_of_channels_last_maps_is_not_taken_for_one_of_maps() -> None:
+    class Block(nn.Module):  # ConvNeXt's
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.LayerNorm(8)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return self.norm(self.conv(input).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    with pytest.raises(ValueError, match=r"no norm of maps follows 1 of the chosen convs \(0.conv\)"):
+        apply_squeeze_excite(nn.Sequential(Block()), 4, 1, placement="norm")
+    maps = torch.randn(2, 8, 8, 8)
+    model = nn.Sequential(Block())
+    expected = model(maps)
+    apply_squeeze_excite(model, 4, 1, init="identity")
+    assert torch.equal(model(maps), expected)
 
 
 def test_plain_weights_load_and_copies_compute_the_same() -> None:

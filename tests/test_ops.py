@@ -75,7 +75,7 @@ def test_gradient_of_the_squeeze_is_not_materialised() -> None:
 
 def test_mean_of_a_large_float16_map_does_not_overflow() -> None:
     u = torch.full((1, 2, 256, 256), 8.0, dtype=torch.float16, requires_grad=True)  # the sum is 524,288
-    _, p = ops.squeeze(u, ops.Link())
+    _, p, _ = ops.squeeze(u, ops.Link())
     assert p.tolist() == [[8.0, 8.0]]
     p.sum().backward()
     assert u.grad is not None
@@ -105,7 +105,7 @@ def fused(
     u: Tensor, w1: Tensor, w2: Tensor, weight: Tensor | None, bias: Tensor | None, norm: ops.Norm, again: bool = False
 ) -> Tensor:
     link = ops.Link()
-    through, p = ops.squeeze(u, link)
+    through, p, _ = ops.squeeze(u, link)
     z = torch.relu(p.to(u.dtype) @ w1.T) @ w2.T
     norm = replace(norm, weight=weight, bias=bias)
     through, taken = (u, None) if again else (through, link)

@@ -71,6 +71,19 @@ def multiply_adds_of_block(block: nn.Module, channels: int) -> int:
     return counter.get_total_flops() // 2
 
 
+def test_convs_that_share_a_norm_share_its_block() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.norm1 = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+            self.conv2, self.norm2 = nn.Conv2d(8, 8, 3), self.norm1
+
+    added = plan(Net(), 4, 8, placement="norm").added_parameters
+    layers = apply_squeeze_excite(model := Net(), 4, 8, placement="norm")
+    assert added == sum(p.numel() for layer in layers.values() for p in layer.se.parameters()) == 64  # pyright: ignore
+    assert plan(model, 4, 8, placement="norm").added_parameters == 0
+
+
 def test_planning_leaves_the_model_alone() -> None:
     model = TwoConvs().train()
     weights = {name: parameter.clone() for name, parameter in model.named_parameters()}

@@ -46,6 +46,9 @@ BAD_OVERRIDES = [
     ("optimizer={name: adamw, betas: [0.9, 1e999]}", "optimizer.betas[1]", "finite number"),
     ("scale_schedule_ratio=nan", "scale_schedule_ratio", "finite number"),
     ("optimizer.lr=-1", "optimizer.lr", "Invalid learning rate"),
+    ("model.num_classes=-1", "model", "negative dimension -1"),
+    ("train_dataset={name: synthetic, num_classes: 0}", "train_dataset", "must be 1 or more"),
+    ("train_dataset={name: synthetic, image_size: -1}", "train_dataset", "must be 1 or more"),
     ("optimizer={name: adamw, betas: [2, 0.5]}", "optimizer.betas", "Invalid beta"),
     ("max_duration=5 parsecs", "max_duration", "90ep"),
     ("max_duration=0ep", "max_duration", "more than 0"),
@@ -230,6 +233,11 @@ def test_batch_size_is_checked_against_the_number_of_processes(recipe: str, monk
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=r"train_batch_size: the global batch of 16 .* 3 processes.*=15"):
         make_plan(load_recipe(recipe))
+
+
+def test_a_key_below_a_section_that_is_null_makes_the_section(recipe: str) -> None:
+    loaded = load_recipe(recipe, ["algorithms=null", "algorithms.squeeze_excite.min_channels=64"])
+    assert loaded.algorithms == {"squeeze_excite": {"min_channels": 64}}
 
 
 def test_command_line_mapping_replaces_and_null_removes(recipe: str) -> None:

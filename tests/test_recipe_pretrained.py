@@ -182,6 +182,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_nothing_is_written(
     torch.save(build_network("cifar_resnet8").state_dict(), "colour.pt")
     torch.save(build_network("cifar_resnet20", in_channels=1).state_dict(), "deep.pt")
     torch.save(build_network("resnet18", num_classes=3), "whole.pt")
+    torch.save({0: torch.ones(2), 1: torch.ones(2)}, "numbered.pt")
     Path("text.pt").write_text("weights")
     digits = build_network("cifar_resnet8", in_channels=1)
     composer_se.apply_squeeze_excite(digits, min_channels=64)
@@ -191,6 +192,7 @@ def test_a_file_that_does_not_fit_is_refused_in_one_line_and_nothing_is_written(
         ("colour.pt", r"is not of this network: conv1\.weight is 16×3×3×3 instead of 16×1×3×3$"),
         ("deep.pt", r"stage1\.1\.conv1\.weight is left over, .*, stage1\.1\.bn1\.bias is left over and 69 more$"),
         ("whole.pt", "neither a checkpoint nor a state dict, but holds a ResNet"),
+        ("numbered.pt", "neither a checkpoint nor a state dict, but holds a dict"),
         ("text.pt", "can't be read"),
         ("se.pt", "holds Squeeze-and-Excitation blocks, which the network gets later; name it in load_path"),
         ("none.pt", "there is no file 'none.pt'"),

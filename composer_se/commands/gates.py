@@ -32,8 +32,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Analyses, prints the table, writes picture and numbers, and writes the run's report again."""
-    import warnings
-
     from rich.console import Console
 
     from composer_se.commands.trained_network import load_trained
@@ -44,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.show.terminal import progress_bar
     from composer_se.show.text import to_json
 
-    warnings.filterwarnings("ignore", message="No optimizer was specified")
     trained = load_trained(args.source, args.recipe, args.data, read_device(args))
     with progress_bar() as progress:
         analysis = analyse(trained.network, trained.batches, progress)

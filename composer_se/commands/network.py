@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from composer_se.errors import UserError
@@ -53,7 +54,9 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
         got = " and ".join(given) or "none"
         raise UserError(f"name one network, by --model NAME, --recipe RECIPE or package.module:factory; got {got}")
     if args.model is not None:
-        return NamedNetwork(args.model, _seeded(lambda: _build_model(args.model)))
+        from composer_se.parts.models import build_network
+
+        return NamedNetwork(args.model, _seeded(partial(build_network, args.model)))
     if args.recipe is not None:
         return _read_recipe(args.recipe)
     return NamedNetwork(args.factory, _seeded(_read_factory(args.factory)))
@@ -73,12 +76,6 @@ def _read_recipe(name: str) -> NamedNetwork:
         squeeze_excite_options(recipe),
         image_size(recipe.train_dataset),
     )
-
-
-def _build_model(name: str) -> nn.Module:
-    from composer_se.parts.models import build_network
-
-    return build_network(name)
 
 
 def _read_factory(spec: str) -> Callable[[], nn.Module]:

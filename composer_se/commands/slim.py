@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="RUN", type=Path, help="a run's folder")
     parser.add_argument(
         "--tolerance",
+        type=float,
         metavar="POINTS",
-        default="0.1",
+        default=0.1,
         help="percentage points of accuracy that the deciding half may lose (default: 0.1)",
     )
     parser.add_argument(
@@ -50,11 +51,12 @@ def run(args: argparse.Namespace) -> int:
         UserError: The tolerance is not a finite number of at least 0. Or the run, its checkpoint or the data can't be
             loaded. Nothing was written.
     """
-    tolerance = _read_tolerance(args.tolerance)
+    tolerance = args.tolerance
+    if not 0 <= tolerance < math.inf:
+        raise UserError(f"--tolerance {tolerance:g}: expected percentage points, 0 or more, such as 0.1")
     if args.source.is_file():
         raise UserError(f"{args.source}: expected a run's folder, got a file")
 
-    import warnings
     from dataclasses import asdict
 
     from rich.console import Console
@@ -68,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
     from composer_se.slim.search import find_curve, fold_first, mean_gates, most_fixed
     from composer_se.slim.table import print_slimming
 
-    warnings.filterwarnings("ignore", message="No optimizer was specified")
     device = read_device(args)
     trained = load_trained(args.source, None, args.data, device)
     if (trained.recipe.algorithms or {}).get("squeeze_excite") is None:
@@ -106,13 +107,3 @@ def run(args: argparse.Namespace) -> int:
     console.print(f"Written: {', '.join(map(str, written))}", highlight=False, soft_wrap=True)
     console.print(f"Train on: composer-se train {folder / 'recipe.yaml'}", highlight=False, soft_wrap=True)
     return 0
-
-
-def _read_tolerance(text: str) -> float:
-    try:
-        tolerance = float(text)
-    except ValueError:
-        tolerance = math.nan
-    if not 0 <= tolerance < math.inf:
-        raise UserError(f"--tolerance {text}: expected percentage points, 0 or more, such as 0.1")
-    return tolerance

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from composer.core import Algorithm
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -24,7 +25,7 @@ from composer_se.recipe.load import load_recipe
 from composer_se.recipe.run_folder import read_classes
 from composer_se.recipe.schema import Recipe
 from composer_se.recipe.trainer import Parts, build_algorithms, build_loader, count_outputs, end_trainer, make_trainer
-from composer_se.recipe.validate import RunPlan, count_classes, make_plan
+from composer_se.recipe.validate import Component, count_classes, plan_data, plan_model, plan_section
 
 __all__ = ["Trained", "load_trained"]
 
@@ -71,23 +72,23 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     run_folder = _run_folder(source)
     if recipe_name is None and run_folder is None:
         raise UserError(f"{source}: found no recipe.yaml beside or above it; name its recipe with --recipe")
-    loaded = load_recipe(recipe_name or str(Path(run_folder or ".") / "recipe.yaml"))
-    checkpoint = source if source.is_file() else _last_checkpoint(source, loaded)
+    recipe = load_recipe(recipe_name or str(Path(run_folder or ".") / "recipe.yaml"))
+    checkpoint = source if source.is_file() else _last_checkpoint(source, recipe)
     check_whole(checkpoint)
     classes = read_classes(run_folder) if run_folder and recipe_name is None else None
     known = len(classes) if classes else None  # of a run from before classes.json: the network's default
-    outputs = known if recipe_name is None else count_classes(loaded)
-    recipe = _for_analysis(loaded, outputs, data)
-    plan = make_plan(recipe)
-    assert plan.eval_data is not None
-    split: Split = plan.eval_data.images.build(train=False)
-    network = _load(plan, split, checkpoint, device)
+    outputs = known if recipe_name is None else count_classes(recipe)
+    section = _held_out(recipe, data)
+    held_out = plan_data("eval_dataset", section)
+    model = plan_model(with_num_classes(without_weights(recipe.model), outputs))  # the checkpoint brings its weights
+    algorithms = build_algorithms(plan_section("algorithms", recipe.algorithms))
+    split: Split = held_out.images.build(train=False)
+    network = _load(model, algorithms, split, checkpoint, device)
     if not se_blocks(network):
         raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")
-    loader = build_loader(plan.eval_data, split, recipe.eval_batch_size, recipe.seed, False, False)
-    name = loaded.run_name if source.is_dir() else source.stem
-    data_name = recipe.train_dataset["name"]
-    return Trained(name, network, loader, data_name, split.classes or classes, checkpoint, run_folder, loaded)
+    loader = build_loader(held_out, split, recipe.eval_batch_size, recipe.seed, False, False)
+    name = recipe.run_name if source.is_dir() else source.stem
+    return Trained(name, network, loader, section["name"], split.classes or classes, checkpoint, run_folder, recipe)
 
 
 def _run_folder(source: Path) -> Path | None:
@@ -111,8 +112,8 @@ def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
     return checkpoint
 
 
-def _for_analysis(recipe: Recipe, num_classes: int | None, data: str | None) -> Recipe:
-    """The recipe without what only matters for training, and with the data to analyse as its only data."""
+def _held_out(recipe: Recipe, data: str | None) -> dict[str, Any]:
+    """The section of the data to analyse."""
     section = dict(recipe.eval_dataset or {})
     if data is not None:
         name, _, root = data.partition(":") if data.partition(":")[0] in DATASETS else (data, "", "")
@@ -120,23 +121,15 @@ def _for_analysis(recipe: Recipe, num_classes: int | None, data: str | None) -> 
         section |= {"root": root} if root else {}
     elif not section:
         raise UserError("the recipe has no eval_dataset; name held-out data with --data NAME or --data NAME:ROOT")
-    return dataclasses.replace(
-        recipe,
-        model=with_num_classes(without_weights(recipe.model), num_classes),  # the checkpoint brings its own weights
-        train_dataset=section,
-        eval_dataset=section,
-        callbacks={},
-        loggers={},
-        device=None,
-        precision=None,
-        device_train_microbatch_size=None,
-        load_path=None,
-    )
+    return section
 
 
-def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -> nn.Module:
-    network = plan.model.build()
-    parts = Parts(network, count_outputs(network, plan, split), build_algorithms(plan))
+def _load(
+    model: Component, algorithms: list[Algorithm], split: Split, checkpoint: Path, device: torch.device
+) -> nn.Module:
+    warnings.filterwarnings("ignore", message="No optimizer was specified")
+    network = model.build()
+    parts = Parts(network, count_outputs(network, model, split), algorithms)
     weights = read_plain_weights(str(checkpoint))
     if weights is not None:
         parts.algorithms.append(LoadedWeights(weights, str(checkpoint), strict=True, ignored=()))
@@ -146,7 +139,6 @@ def _load(plan: RunPlan, split: Split, checkpoint: Path, device: torch.device) -
             parts,
             load_path=str(checkpoint) if weights is None else None,
             load_weights_only=True,
-            load_strict_model_weights=True,
             progress_bar=False,
             device="cpu",
         )

@@ -117,16 +117,15 @@ def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
     needed = []
     for where, difference in differences.items():
         if not math.isnan(difference.half_width) and not _is_shown(difference):
-            count = seeds_needed(difference, seeds)
-            needed.append(f"{'over' if count is None else 'about'} {_count(count)} seeds {where}")
+            needed.append(f"{_about(seeds_needed(difference, seeds))} seeds {where}")
     if not needed:
         return ""
     seeds_wanted = " and ".join(needed)
     return f" {seeds_wanted[0].upper()}{seeds_wanted[1:]} would give a 50 % chance to detect a difference this small."
 
 
-def _count(seeds: int | None) -> str:
-    return "10,000" if seeds is None else f"{seeds:,}"
+def _about(seeds: int | None) -> str:
+    return "over 10,000" if seeds is None else f"about {seeds:,}"
 
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
@@ -167,7 +166,7 @@ def judge_pilot(runs: Mapping[str, Sequence[Outcome]], reference: str, differenc
     minutes = sum(mean(run.wall_seconds for run in of_arm) for of_arm in runs.values()) / 60
     return (
         f"Pilot seeds {seeds}: differences to {reference} scatter by {100 * deviation:.2f} points from seed to seed. "
-        f"About {_count(even)} seeds would give a 50 % chance to detect a difference of {100 * difference:g} points, "
-        f"about {_count(likely)} an 80 % chance. Each takes {minutes:.0f} minutes, and the reference again at equal "
-        "training time."
+        f"{_about(even).capitalize()} seeds would give a 50 % chance to detect a difference of "
+        f"{100 * difference:g} points, {_about(likely)} an 80 % chance. Each takes {minutes:.0f} minutes, and the "
+        "reference again at equal training time."
     )

@@ -13,7 +13,7 @@ from statistics import mean, median
 from time import perf_counter
 
 import torch
-from composer import Callback, State, Trainer
+from composer import Callback, State
 from composer.core import Time, Timestamp, TimeUnit, get_precision_context
 from composer.loggers import Logger
 from torch import nn
@@ -23,7 +23,7 @@ from composer_se.measure.steps import inference_step
 from composer_se.measure.timing import steps_per_visit, synchronize, time_step
 from composer_se.recipe.distributed import from_rank_zero
 from composer_se.recipe.schema import Recipe, keys
-from composer_se.recipe.trainer import Parts, build_parts, end_trainer, make_trainer, release_memory
+from composer_se.recipe.trainer import build_parts, end_trainer, make_trainer, release_memory
 from composer_se.recipe.validate import make_plan
 
 __all__ = ["Speed", "Turn", "steps_per_turn", "take_turn"]
@@ -94,7 +94,14 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
     """
     stopwatch = _Stopwatch(steps)
     with checking(name):
-        trainer, parts = _build(recipe, stopwatch)
+        parts = build_parts(recipe, make_plan(recipe))
+        trainer = make_trainer(
+            parts,
+            callbacks=[stopwatch],
+            progress_bar=False,
+            spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
+            **{key: getattr(recipe, key) for key in _OPTIONS},
+        )
     state, loader = trainer.state, parts.train_loader
     assert loader is not None
     batches_per_epoch = int(state.dataloader_len or len(loader))
@@ -106,18 +113,6 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
     end_trainer(trainer)
     release_memory()
     return from_rank_zero(lambda: Turn(mean(stopwatch.seconds[untimed:]), latency, batches_per_epoch))
-
-
-def _build(recipe: Recipe, stopwatch: _Stopwatch) -> tuple[Trainer, Parts]:
-    parts = build_parts(recipe, make_plan(recipe))
-    trainer = make_trainer(
-        parts,
-        callbacks=[stopwatch],
-        progress_bar=False,
-        spin_dataloaders=False,  # would load a batch of every epoch that the turn skips
-        **{key: getattr(recipe, key) for key in _OPTIONS},
-    )
-    return trainer, parts
 
 
 def _at(share: float, state: State, batches_per_epoch: int, batch_size: int) -> Timestamp:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -107,13 +108,10 @@ def _operands(
     return read, written if name in _NOT_WRITTEN else written + fresh
 
 
-def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
     """Pairs the arguments of a schema with the values of one call; those left at their default are no tensors."""
-    for position, argument in enumerate(arguments):
-        if position < len(args):
-            yield argument, args[position]
-        elif argument.name in kwargs:
-            yield argument, kwargs[argument.name]
+    named = {argument.name: argument for argument in arguments}
+    return [*zip(arguments, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
@@ -126,8 +124,4 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _elements(tensor: torch.Tensor) -> int:
     """The elements that a tensor has in memory: a dimension of stride 0 only repeats them."""
-    count = 1
-    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-        if stride != 0 or size == 0:
-            count *= size
-    return count
+    return math.prod(size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride or not size)

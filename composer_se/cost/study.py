@@ -103,12 +103,13 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Progres
             visited=lambda: advance(kind),
         )
 
-    take_turns("training step", 0, lambda instance: instance.train(images, targets))
+    take_turns("training step", 0, lambda i: training_step(i.called, i.optimizer, images, targets, settings.autocast))
     for same in instances.values():
         for instance in same:
             instance.network.eval()
     for size in sizes:
-        take_turns(f"inference, batch {size}", size, lambda instance, size=size: instance.infer(images[:size]))
+        batch = images[:size]
+        take_turns(f"inference, batch {size}", size, lambda i, x=batch: inference_step(i.called, x, settings.autocast))
     return Study(name, settings, machine, variants, notes, counts, seconds, layers)
 
 
@@ -119,13 +120,6 @@ class _Instance:
         self.network = settings.placed(variant.build()).train()
         self.called = settings.compile(self.network)
         self.optimizer = torch.optim.SGD(self.network.parameters(), lr=0.0)
-        self.autocast = settings.autocast
-
-    def train(self, images: torch.Tensor, targets: torch.Tensor) -> None:
-        training_step(self.called, self.optimizer, images, targets, self.autocast)
-
-    def infer(self, images: torch.Tensor) -> None:
-        inference_step(self.called, images, self.autocast)
 
 
 def _instances(variants: list[Variant], settings: Settings) -> dict[str, list[_Instance]]:

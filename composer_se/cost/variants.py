@@ -91,9 +91,8 @@ def _seeded(network: nn.Module, convert: Callable[[nn.Module], object]) -> Calla
 
 def _layers(network: nn.Module, chosen: Iterable[ConvChoice], placement: str) -> dict[str, tuple[int, int]]:
     """The convs, or the norms behind them, that get SE, by name: channels and width of the block."""
-    norms = following_norms(network)
     names = {module: name for name, module in network.named_modules()}
-    layers = {choice.conv if placement == "conv" else norms[choice.conv]: choice for choice in chosen}
+    layers = {choice.conv if placement == "conv" else choice.norm: choice for choice in chosen}
     return {names[layer]: (choice.conv.out_channels, choice.latent_channels) for layer, choice in layers.items()}
 
 

@@ -14,15 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from composer_se.errors import UserError
-from composer_se.gates.observe import GateStatistics, describe, gate_terms, observe_logits, se_blocks
+from composer_se.gates.observe import (
+    GateStatistics,
+    describe,
+    gate_terms,
+    moments,
+    observe_logits,
+    observing,
+    se_blocks,
+)
 from composer_se.measure.uncertainty import Interval, change_of_share
 
-__all__ = ["Ablation", "Analysis", "LayerGates", "analyse", "channel_means", "on_device"]
+__all__ = ["Analysis", "LayerGates", "Score", "analyse", "on_device", "score"]
 
 
 @dataclass(frozen=True)
-class Ablation:
-    """The accuracy when the gates of one layer are fixed, and its change, with the 95 % interval over images."""
+class Score:
+    """The accuracy on some images, and its change from the network as it is, with the 95 % interval over images."""
 
     accuracy: float
     change: Interval
@@ -46,7 +54,8 @@ class LayerGates:
     channel_means: Tensor  # (C,)
     channel_stds: Tensor  # over images, (C,)
     class_channel_means: Tensor  # (K, C)
-    ablation: Ablation  # with the gates fixed at `channel_means`
+    limit: float  # no gate is larger
+    ablation: Score  # with the gates fixed at `channel_means`
 
 
 @dataclass(frozen=True)
@@ -75,40 +84,46 @@ def analyse(
         advance: Called with the task, the batches done, and their number (0 if unknown).
 
     Raises:
-        UserError: The labels are no class numbers, or there are no images.
+        UserError: The labels are no class numbers of the network, or there are no images.
     """
-    device = next(network.parameters()).device
     blocks = se_blocks(network)
     total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
     sums: dict[str, Tensor] = {}
     right: list[Tensor] = []
-    for done, (images, labels) in enumerate(on_device(batches, device)):
-        terms = _observe(network, blocks, images, labels, right)
-        for name, (found, num_classes) in terms.items():
-            by_class = found.new_zeros(num_classes, found.shape[1]).index_add_(0, _repeated(labels, found), found)
-            sums[name] = sums[name] + by_class if name in sums else by_class
+    for done, (images, labels) in enumerate(on_device(batches, network)):
+        outputs, terms = _observe(network, blocks, images)
+        if labels.max() >= outputs.shape[1]:
+            raise UserError(f"--data: an image has label {labels.max()}, but the network {outputs.shape[1]} outputs")
+        right.append((outputs.argmax(1) == labels).cpu())
+        for name, found in terms.items():
+            by_class = found.new_zeros(outputs.shape[1], found.shape[1])
+            sums[name] = sums.get(name, 0) + by_class.index_add_(0, _repeated(labels, found), found)
         advance("observing all gates", done + 1, 2 * total)
     if not right:
         raise UserError("--data: there are no held-out images")
     sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
-    shares = {name: channel_means(s.sum(0)) / blocks[name].gate_limit for name, s in sums.items()}
+    shares = {name: moments(s.sum(0))[0] / blocks[name].gate_limit for name, s in sums.items()}
     fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}
     right_fixed: dict[str, list[Tensor]] = {name: [] for name in sums}
-    for done, (images, labels) in enumerate(on_device(batches, device)):
+    for done, (images, labels) in enumerate(on_device(batches, network)):
         for name, logits in fixed.items():
             right_fixed[name].append(_with_fixed_gate(network, blocks[name], logits, images, labels))
         advance("fixing one layer at a time", total + done + 1, 2 * total)
     verdicts = torch.cat(right)
-    layers = [_layer(name, s, _compare(verdicts, torch.cat(right_fixed[name]))) for name, s in sums.items()]
+    layers = [
+        _layer(name, blocks[name].gate_limit, s, score(verdicts, torch.cat(right_fixed[name])))
+        for name, s in sums.items()
+    ]
     return Analysis(layers, float(verdicts.double().mean()), len(verdicts))
 
 
-def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels of batches on a device.
+def on_device(batches: Iterable[Any], network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and labels of batches, where the network is.
 
     Raises:
         UserError: The labels are no class numbers.
     """
+    device = next(network.parameters()).device
     for images, labels in batches:
         if labels.ndim != 1 or labels.is_floating_point():
             raise UserError(f"--data: the labels have shape {tuple(labels.shape)}; expected one class number per image")
@@ -116,30 +131,18 @@ def on_device(batches: Iterable[Any], device: torch.device) -> Iterator[tuple[Te
 
 
 @torch.no_grad()
-def _observe(
-    network: nn.Module, blocks: dict[str, Any], images: Tensor, labels: Tensor, right: list[Tensor]
-) -> dict[str, tuple[Tensor, int]]:
+def _observe(network: nn.Module, blocks: dict[str, Any], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The outputs for a batch, and the terms of every layer that ran."""
     terms: dict[str, list[Tensor]] = {name: [] for name in blocks}
-    handles = [
-        observe_logits(block, lambda logits, name=name: terms[name].append(gate_terms(logits, blocks[name].gate_limit)))
-        for name, block in blocks.items()
-    ]
-    try:
+    with observing(blocks, lambda name, logits: terms[name].append(gate_terms(logits, blocks[name].gate_limit))):
         outputs = network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    right.append((outputs.argmax(1) == labels).cpu())
-    return {name: (torch.cat(found), outputs.shape[1]) for name, found in terms.items() if found}
+    return outputs, {name: torch.cat(found) for name, found in terms.items() if found}
 
 
 @torch.no_grad()
 def _with_fixed_gate(network: nn.Module, block: Any, logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-    handle = observe_logits(block, lambda alive: logits.to(alive.dtype).expand_as(alive))
-    try:
+    with observe_logits(block, lambda alive: logits.to(alive.dtype).expand_as(alive)):
         return (network(images).argmax(1) == labels).cpu()
-    finally:
-        handle.remove()
 
 
 def _repeated(labels: Tensor, terms: Tensor) -> Tensor:
@@ -147,22 +150,17 @@ def _repeated(labels: Tensor, terms: Tensor) -> Tensor:
     return labels.repeat(len(terms) // len(labels))
 
 
-def channel_means(sums: Tensor) -> Tensor:
-    """The mean gates, (..., C), from sums as `gate_sums` returns them, (..., 3 + 2 C)."""
-    return (sums[..., 3:] / sums[..., :1]).chunk(2, -1)[0]
-
-
-def _compare(before: Tensor, after: Tensor) -> Ablation:
+def score(before: Tensor, after: Tensor) -> Score:
+    """Judges which images were classified correctly, (N,), by the verdicts on the same images before."""
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
-    return Ablation(float(after.double().mean()), change_of_share(lost, gained, len(before)))
+    return Score(float(after.double().mean()), change_of_share(lost, gained, len(before)))
 
 
-def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:
+def _layer(name: str, limit: float, sums: Tensor, ablation: Score) -> LayerGates:
     sums = sums.cpu()
     total = sums.sum(0)
-    means, squares = (total[3:] / total[0]).chunk(2)
-    variance = (squares - means.square()).clamp(min=0)
-    class_means = channel_means(sums)
+    means, variance = moments(total)
+    class_means = moments(sums)[0]
     weights = (sums[:, :1] / total[0]).expand_as(class_means)
     between = torch.where(weights > 0, weights * (class_means - means).square(), 0).sum()
     return LayerGates(
@@ -173,5 +171,6 @@ def _layer(name: str, sums: Tensor, ablation: Ablation) -> LayerGates:
         channel_means=means,
         channel_stds=variance.sqrt(),
         class_channel_means=class_means,
+        limit=limit,
         ablation=ablation,
     )

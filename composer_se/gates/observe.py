@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 
 from composer_se.modules import SqueezeExcite2d
 
-__all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "gate_terms", "observe_logits", "se_blocks", "sums_size"]
+__all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "gate_terms", "moments", "no_sums", "observe_logits"]
+__all__ += ["observing", "se_blocks"]
 
 NEAR = 0.05
 """A gate is near 0 below this, near 1 above its complement. Its slope is then less than a fifth of the largest."""
 
-_WRAPPERS = re.compile(r"^(module\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mod(ule)?\.")
+_WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mod(ule)?\.")
 
 
 @dataclass(frozen=True)
@@ -52,12 +55,22 @@ def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None
     def hook(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor | None:
         return see(logits)
 
-    return _last_linear(block).register_forward_hook(hook)
+    return block.pool_and_mlp["4"].register_forward_hook(hook)
 
 
-def sums_size(block: SqueezeExcite2d) -> int:
-    """The length of what `gate_sums` returns for the logits of a block."""
-    return 3 + 2 * _last_linear(block).out_features
+@contextlib.contextmanager
+def observing(blocks: Mapping[str, SqueezeExcite2d], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Calls ``see`` with a block's name and logits at every forward pass within."""
+    with contextlib.ExitStack() as hooks:
+        for name, block in blocks.items():
+            hooks.enter_context(observe_logits(block, functools.partial(see, name)))
+        yield
+
+
+def no_sums(block: SqueezeExcite2d, device: torch.device) -> Tensor:
+    """The `gate_sums` of no samples."""
+    last: Any = block.pool_and_mlp["4"]
+    return gate_sums(torch.empty(0, last.out_features, device=device), 1.0)
 
 
 def gate_terms(logits: Tensor, limit: float) -> Tensor:
@@ -86,13 +99,14 @@ def describe(sums: Tensor) -> Tensor:
     They are NaN where there were no samples.
     """
     num_samples, near_0, near_1 = sums[:3]
-    mean, mean_square = (sums[3:] / num_samples).chunk(2)
-    num_gates = num_samples * len(mean)
-    variance = (mean_square - mean.square()).clamp(min=0)
+    means, variances = moments(sums)
+    num_gates = num_samples * len(means)
     return torch.stack(
-        [mean.mean(), variance.mean().sqrt(), mean.std(correction=0), near_0 / num_gates, near_1 / num_gates]
+        [means.mean(), variances.mean().sqrt(), means.std(correction=0), near_0 / num_gates, near_1 / num_gates]
     )
 
 
-def _last_linear(block: SqueezeExcite2d) -> nn.Linear:
-    return cast(nn.Linear, block.pool_and_mlp["4"])
+def moments(sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance over samples of the gates of every channel, (..., C) each, from `gate_sums`, (..., 3 + 2 C)."""
+    means, mean_squares = (sums[..., 3:] / sums[..., :1]).chunk(2, -1)
+    return means, (mean_squares - means.square()).clamp(min=0)

@@ -70,7 +70,7 @@ def _draw_layer(axis: Any, layer: LayerGates, classes: Sequence[int]) -> None:
         axis.plot(channels, layer.class_channel_means[k][order].numpy(), color=colour, linewidth=1, label=str(k))
     axis.fill_between(channels, mean - std, mean + std, color=GREY, alpha=0.25, linewidth=0, label="all")
     axis.set_title(layer.name, fontsize="small")
-    axis.set_ylim(0, 1)
+    axis.set_ylim(0, layer.limit)
     axis.set_xlim(1, len(order))
     axis.set_xticks([1, len(order)])
     axis.tick_params(labelsize="x-small")

@@ -17,10 +17,10 @@ __all__ = ["as_dict", "print_analysis"]
 
 _HEADS = ("mean", "std\nimages", "std\nchannels", "near\n0", "near\n1", "class", "fixed")
 _CAPTION = (
-    "std: how far a channel's gate varies over images, and how far channels differ. near: share of gates below 0.05 "
-    "and above 0.95. class: share of the variance over images that the class explains. fixed: change of the accuracy "
-    "when the layer's gates are fixed at their means, in percentage points ± half its 95 % interval. A smaller change "
-    "may be chance."
+    "std: how far a channel's gate varies over images, and how far channels differ. near: share of gates below 5 % and "
+    "above 95 % of the largest possible. class: share of the variance over images that the class explains. fixed: "
+    "change of the accuracy when the layer's gates are fixed at their means, in percentage points ± half its 95 % "
+    "interval. A smaller change may be chance."
 )
 
 

@@ -58,10 +58,9 @@ def check_arguments(
         except ValueError:
             raise UserError(f"{path}.{name}: expected {_spell(hint)}, got {value!r}") from None
     for name, parameter in named.items():
-        if parameter.default is parameter.empty and name not in given:
-            raise UserError(f"{path}.{name}: required by {_name(target)}, but the recipe doesn't set it")
         # torch marks required arguments of optimizers by a sentinel default.
-        if repr(parameter.default) == "<required parameter>" and name not in given:
+        required = parameter.default is parameter.empty or repr(parameter.default) == "<required parameter>"
+        if required and name not in given:
             raise UserError(f"{path}.{name}: required by {_name(target)}, but the recipe doesn't set it")
     return converted
 
@@ -72,7 +71,7 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
         return target(*args, **kwargs)
     except UserError:
         raise
-    except (ValueError, TypeError, ImportError, OSError, NotImplementedError, AssertionError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError, AssertionError) as error:
         message = one_line(error) or type(error).__name__
         raise UserError(f"{path}{argument_blamed(message, kwargs)}: {message}") from error
 
@@ -141,29 +140,22 @@ def _convert(value: Any, hint: Any) -> Any:
         return Path(_convert_scalar(value, str))
     if plain in (tuple, list, collections.abc.Sequence, collections.abc.Iterable):
         return _convert_sequence(value, plain, typing.get_args(hint))
-    if plain in (dict, collections.abc.Mapping):
-        if isinstance(value, dict):
-            return value
-        raise ValueError
     if inspect.isclass(plain) and issubclass(plain, enum.Enum):
         try:
             return plain(value)
         except TypeError:  # Composer's enumerations raise it for what is not a string
             raise ValueError from None
     if inspect.isclass(plain) and plain is not object:
-        # A class that YAML can't write, such as a Tensor or an object store.
+        # A mapping; or a class that YAML can't write, such as a Tensor, a function or an object store.
         if isinstance(value, plain):
             return value
-        raise ValueError
-    if plain is collections.abc.Callable:
         raise ValueError
     return value
 
 
 def _convert_union(value: Any, arms: tuple[Any, ...]) -> Any:
-    exact = {bool: bool, int: int, float: float, str: str, type(None): type(None), list: list, dict: dict}
     for arm in arms:  # a value that is already of one of the types stays what it is
-        if arm is Any or type(value) is exact.get(typing.get_origin(arm) or arm):
+        if arm is Any or type(value) is (typing.get_origin(arm) or arm):
             return _convert(value, arm)
     # A string is the last resort, and not where a number was meant: 3.5 is no "whole number or string".
     numeric = any(arm in (int, float) for arm in arms)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import composer.algorithms
@@ -66,7 +65,7 @@ def components(section: str) -> dict[str, type]:
     modules, base = _SOURCES[section]
     found: dict[str, type] = {}
     for module in modules:
-        for cls in _public_classes(module):
+        for cls in filter(inspect.isclass, (getattr(module, name) for name in module.__all__)):
             if issubclass(cls, base) and cls is not base:
                 found[_canonical_name(cls, section)] = cls
     return found | _OURS.get(section, {})
@@ -109,11 +108,6 @@ def _fits(made: Any, section: str) -> bool:
     except (TypeError, ValueError):  # it can't be called, or not with these
         return False
     return True
-
-
-def _public_classes(module: ModuleType) -> Iterable[type]:
-    names = getattr(module, "__all__", None) or [name for name in dir(module) if not name.startswith("_")]
-    return (value for value in (getattr(module, name, None) for name in names) if inspect.isclass(value))
 
 
 def _canonical_name(cls: type, section: str) -> str:

@@ -6,11 +6,11 @@ the recipe. A recipe can also name a function of the user's.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,8 +114,8 @@ DATASETS = {
     "imagenet": DataSet(
         imagenet,
         "`root/train/CLASS/*` and `root/val/CLASS/*`, images of any size; classes are numbered by name",
-        partial(count_tree_classes, root=_IMAGENET_ROOT),
-        find_fault=partial(find_tree_fault, root=_IMAGENET_ROOT),
+        functools.partial(count_tree_classes, root=_IMAGENET_ROOT),
+        find_fault=functools.partial(find_tree_fault, root=_IMAGENET_ROOT),
     ),
     "streaming": DataSet(
         streaming,
@@ -131,10 +131,10 @@ DATASETS = {
 def _own_dataset(name: str, path: str) -> DataSet:
     """A data set that a function or class of the user's makes when it is called with `train`."""
     make = own_part(name, path, "a map-style torch.utils.data.Dataset", _is_map_style)
-    signature = inspect.signature(make)
-    if "train" not in signature.parameters:
+    if "train" not in inspect.signature(make).parameters:
         raise UserError(f"{path}: {name} takes no argument train, which is false for the held-out images; add it")
 
+    @functools.wraps(make)
     def open_own(**arguments: Any) -> Images:
         images = make(**arguments)
         try:
@@ -152,9 +152,6 @@ def _own_dataset(name: str, path: str) -> DataSet:
         classes = getattr(images, "classes", None)
         return Images(images, None, True, [str(name) for name in classes] if isinstance(classes, list) else None)
 
-    open_own.__name__ = name
-    open_own.__signature__ = signature  # type: ignore[attr-defined]
-    open_own.__annotations__ = make.__annotations__
     return DataSet(open_own, "", lambda _: None)
 
 

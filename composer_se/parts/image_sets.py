@@ -202,8 +202,13 @@ def synthetic(
         image_size: Height and width.
         num_channels: Channels of an image.
         num_classes: Number of classes.
+
+    Raises:
+        ValueError: A number is below 1.
     """
     del train
+    if min(num_samples, image_size, num_channels, num_classes) < 1:
+        raise ValueError("num_samples, image_size, num_channels and num_classes must be 1 or more")
     images = _SyntheticImages(num_samples, image_size, num_channels, num_classes)
     return Images(images, None, False, [str(label) for label in range(min(num_samples, num_classes))])
 

@@ -11,7 +11,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,31 +23,6 @@ from torchvision.datasets import VisionDataset
 from composer_se.launch import available_cores
 
 __all__ = ["EpochIndexSampler", "Images", "SeededImages", "Split", "StreamedImages"]
-
-
-class Split(Protocol):
-    """One split of a data set, ready to be loaded."""
-
-    @property
-    def classes(self) -> Sequence[str] | None:
-        """The names of the classes; None where they are not known before the images are read."""
-        ...
-
-    def example(self) -> Tensor | None:
-        """Returns one transformed image, (C, H, W), or None if it would have to be fetched first."""
-        ...
-
-    def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
-        """Makes the loader of this process's share.
-
-        Args:
-            batch_size: The batch size of the whole run; each process gets its equal part.
-            seed: The seed of shuffling and augmentation, the same on all processes.
-            train: Shuffle, augment by epoch, and drop the samples that fill no batch.
-            num_workers: Worker processes per training process. None leaves the choice to the data set.
-            pin_memory: The batches go to a GPU.
-        """
-        ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +46,15 @@ class Images:
         return SeededImages(self.images, self.transform, seed=0)[0][0]
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
-        """Makes the loader; see `Split`."""
+        """Makes the loader of this process's share.
+
+        Args:
+            batch_size: The batch size of the whole run; each process gets its equal part.
+            seed: The seed of shuffling and augmentation, the same on all processes.
+            train: Shuffle, augment by epoch, and drop the samples that fill no batch.
+            num_workers: Worker processes per training process. None leaves the choice to the data set.
+            pin_memory: The batches go to a GPU.
+        """
         if num_workers is None and not self.needs_workers:
             num_workers = 0
         images = SeededImages(self.images, self.transform, seed)
@@ -99,7 +82,7 @@ class StreamedImages:
         """Would have to be fetched first."""
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
-        """Makes the loader; see `Split`."""
+        """Makes the loader; see `Images`."""
         from streaming import StreamingDataLoader  # type: ignore[import-not-found]
         from streaming.vision.base import StreamingVisionDataset  # type: ignore[import-not-found]
 
@@ -116,6 +99,10 @@ class StreamedImages:
         options = _options(batch_size, train, num_workers, pin_memory)
         images = SeededStream(shuffle=train, shuffle_seed=seed, batch_size=options["batch_size"], **self.options)
         return StreamingDataLoader(images, **options)
+
+
+Split = Images | StreamedImages
+"""One split of a data set, ready to be loaded."""
 
 
 class SeededImages(VisionDataset):

@@ -58,9 +58,10 @@ def check_network(name: str, given: Mapping[str, Any]) -> tuple[Callable[..., nn
     builder = _fresh_builder(name)
     if "weights" in inspect.signature(builder).parameters:  # an argument of the user's own function
         return builder, check_arguments(builder, given, "model")
-    builder = _with_weights(builder, _named_weights(name))
+    known = _named_weights(name)
+    builder = _with_weights(builder, known)
     arguments = check_arguments(builder, given, "model")
-    weights, known = arguments.get("weights"), _named_weights(name)
+    weights = arguments.get("weights")
     if weights is not None and weights not in known and not os.path.isfile(weights):  # noqa: PTH113 - a long name
         hint = f", and {name} has no weights of that name{did_you_mean(weights, known)}" if known else ""
         raise UserError(f"model.weights: there is no file {weights!r}{hint}")
@@ -123,12 +124,9 @@ def _with_weights(builder: Callable[..., nn.Module], named: Mapping[str, _NamedW
     def build(weights: str | None = None, **kwargs: Any) -> nn.Module:
         if weights is None:
             return builder(**kwargs)
-        if weights in named:
-            network = builder(**{**named[weights].arguments, **kwargs})
-            load_weights(network, named[weights].read(), weights)
-        else:
-            network = builder(**kwargs)
-            load_weights(network, read_weights(weights, "model.weights"), weights)
+        source = named.get(weights) or _NamedWeights(lambda: read_weights(weights, "model.weights"), {})
+        network = builder(**{**source.arguments, **kwargs})
+        load_weights(network, source.read(), weights)
         return network
 
     own = inspect.signature(builder).parameters.values()
@@ -217,25 +215,20 @@ def _torchvision_builder(name: str) -> Callable[..., nn.Module]:
     builder, network = torchvision.models.get_model_builder(name), _class_built_by(name)
 
     def build(**kwargs: Any) -> nn.Module:
-        if kwargs.get("aux_logits", "aux_logits" in parameters):
+        if kwargs.get("aux_logits", "aux_logits" in joined):
             raise UserError(
                 f"model.aux_logits: the auxiliary outputs of {name} have no loss here; set model.aux_logits=false"
             )
         return builder(**kwargs)
 
-    keyword = inspect.Parameter.KEYWORD_ONLY
     joined = {**inspect.signature(network).parameters, **inspect.signature(builder).parameters}
     del joined["weights"]
     for size, default in (("image_size", 224), ("input_size", (224, 224))):  # the builders have these defaults
         if size in joined:
             joined[size] = joined[size].replace(default=default)
-    parameters = {
-        key: parameter.replace(kind=keyword)
-        for key, parameter in joined.items()
-        if parameter.default is not parameter.empty  # what has no default is the builder's business
-    }
+    optional = (each for each in joined.values() if each.default is not each.empty)  # the rest the builder gives
     build.__name__ = name
-    build.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    build.__signature__ = inspect.Signature([each.replace(kind=each.KEYWORD_ONLY) for each in optional])  # type: ignore[attr-defined]
     build.__annotations__ = {**typing.get_type_hints(network.__init__), **typing.get_type_hints(builder)}
     return build
 

@@ -159,25 +159,19 @@ class _Ignored:
 def _read(path: str, key: str) -> Any:
     try:
         if path.endswith(".safetensors"):
-            return _safetensors(path, key)
+            from safetensors.torch import load_file
+
+            return load_file(path)
         if not zipfile.is_zipfile(path):  # as torch.save wrote before version 1.6
             return torch.load(path, map_location="cpu", weights_only=True)
         others = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         ignored: list[Any] = [(type(name.rpartition(".")[2], (_Ignored,), {}), name) for name in others]
         with torch.serialization.safe_globals(ignored):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UserError:
-        raise
+    except ModuleNotFoundError as error:
+        raise UserError(f"{key}: {path}: needs safetensors; install it with pip install safetensors") from error
     except Exception as error:  # unpickling has another one for every byte that can be wrong
         raise UserError(f"{key}: {path}: can't be read ({one_line(error)[:300] or type(error).__name__})") from error
-
-
-def _safetensors(path: str, key: str) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise UserError(f"{key}: {path}: needs safetensors; install it with pip install safetensors") from error
-    return load_file(path)
 
 
 def _is_checkpoint(content: Any) -> bool:
@@ -188,7 +182,8 @@ def _weights_in(content: Any, path: str, key: str) -> Mapping[str, Tensor]:
     found = content["state"] if _is_checkpoint(content) else content
     if isinstance(found, Mapping):
         found = next((found[name] for name in ("state_dict", "model") if isinstance(found.get(name), Mapping)), found)
-    if isinstance(found, Mapping) and found and all(isinstance(value, Tensor) for value in found.values()):
+    entries = found.items() if isinstance(found, Mapping) else ()
+    if entries and all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         return found
     raise UserError(
         f"{key}: {path}: is neither a checkpoint nor a state dict, but holds a {type(content).__name__}; "

@@ -23,10 +23,10 @@ from composer_se.launch import say
 __all__ = [
     "LATEST",
     "WEIGHTS",
+    "chain",
     "check_latest",
     "check_whole",
     "explain_failed_write",
-    "local_folder",
     "remove_unfinished_checkpoint",
     "restore_latest",
 ]
@@ -34,11 +34,6 @@ __all__ = [
 LATEST = "latest-rank0.pt"
 WEIGHTS = "weights.pt"  # the state dict in a folder that `composer-se slim` wrote
 _NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
-
-
-def local_folder(save_folder: str) -> Path | None:
-    """The folder of the checkpoints; None where they are in an object store."""
-    return None if "://" in save_folder else Path(save_folder)
 
 
 def restore_latest(folder: Path) -> None:
@@ -105,10 +100,8 @@ def _find_fault(checkpoint: Path) -> str | None:
     try:
         with zipfile.ZipFile(checkpoint) as records:
             garbled = records.testzip()
-    except OSError as error:
-        return error.strerror or one_line(error)
     except Exception as error:  # zipfile has another one for every byte that can be wrong
-        return one_line(error) or type(error).__name__
+        return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
     return f"wrong checksum of its record {garbled}" if garbled else None
 
 
@@ -121,7 +114,7 @@ def explain_failed_write(error: BaseException, run_folder: Path) -> UserError | 
     Returns:
         A complaint that names the file, the reason and the room that is left; None when the error is another one.
     """
-    cause = next((link for link in _chain(error) if isinstance(link, OSError) and link.errno), None)
+    cause = next((link for link in chain(error) if isinstance(link, OSError) and link.errno), None)
     if cause is None:
         return None
     checkpoint = remove_unfinished_checkpoint(error)
@@ -130,7 +123,8 @@ def explain_failed_write(error: BaseException, run_folder: Path) -> UserError | 
         origin = f"{latest.resolve().name}, which is intact" if latest.exists() else "the start"
         return failed_write(checkpoint, cause, checkpoint.parent, origin)
     if cause.errno in (errno.ENOSPC, errno.EDQUOT):
-        return failed_write(Path(os.fsdecode(cause.filename)) if cause.filename else run_folder, cause, run_folder)
+        path = Path(os.fsdecode(cause.filename)) if cause.filename else run_folder
+        return failed_write(path, cause, run_folder, "the last checkpoint")
     return None
 
 
@@ -143,7 +137,7 @@ def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
     Returns:
         Its path; None if no checkpoint was being written.
     """
-    for link in _chain(error):
+    for link in chain(error):
         for frame, _ in traceback.walk_tb(link.__traceback__):
             if frame.f_code.co_name == "_write_checkpoint_file":
                 checkpoint = Path(frame.f_locals["filename"])
@@ -152,7 +146,7 @@ def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those before it: torch.save covers the failure of a write with a complaint of its own."""
     while error is not None:
         yield error

@@ -121,20 +121,21 @@ def _read(path: Path) -> DictConfig:
 
 def _apply(config: DictConfig, override: str) -> None:
     key, separator, text = override.partition("=")
-    if not separator or not key.strip():
+    key = key.strip()
+    if not separator or not key:
         raise UserError(f"override {override!r} is not of the form key=value (for example seed=1)")
+    section, dot, _ = key.partition(".")
     try:
         # OmegaConf's own loader, so that 1e-4 is a number here as it is in a recipe file.
         parsed = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''")
+        value = cast(dict, OmegaConf.to_container(parsed, resolve=False))["value"]
+        if dot and section in config and config[section] is None:  # which OmegaConf refuses from 2.4 on
+            config[section] = {}
+        OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException:
         raise
-    except (yaml.YAMLError, *_PARSER_ERRORS) as error:
+    except yaml.YAMLError as error:
         raise UserError(f"{key}: {text!r} is no valid YAML") from error
-    value = cast(dict, OmegaConf.to_container(parsed, resolve=False))["value"]
-    try:
-        OmegaConf.update(config, key.strip(), value, merge=False)
-    except OmegaConfBaseException:
-        raise
     except _PARSER_ERRORS as error:
         raise UserError(f"override {override!r}: {one_line(error) or type(error).__name__}") from error
 
@@ -175,9 +176,7 @@ def _check_shape(recipe: Recipe) -> None:
     """Checks what the types of the schema leave open: the insides of the sections."""
     for section in NAMED_SECTIONS:
         content = getattr(recipe, section)
-        if content is None:
-            continue
-        if not isinstance(content.get("name"), str):
+        if content is not None and not isinstance(content.get("name"), str):
             raise UserError(f"{section}.name: required: a name of a {section.replace('_', ' ')}")
     for section in COMPONENT_SECTIONS:
         for name, arguments in (getattr(recipe, section) or {}).items():

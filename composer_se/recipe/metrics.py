@@ -63,18 +63,7 @@ class MetricsFile(LoggerDestination):
             replace_file(self.path, "".join(kept))
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Writes the line of a training step."""
-        self._write(state)
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """Writes the line of an epoch."""
-        self._write(state)
-
-    def eval_end(self, state: State, logger: Logger) -> None:
-        """Writes the line of an evaluation."""
-        self._write(state)
-
-    def _write(self, state: State) -> None:
+        """Writes the line of a training step, of an epoch or of an evaluation."""
         pending, self._pending = self._pending, {}
         self.latest.update(pending)
         if dist.get_global_rank() != 0 or not pending:
@@ -83,6 +72,9 @@ class MetricsFile(LoggerDestination):
         position = {"epoch": int(time.epoch), "batch": int(time.batch), "sample": int(time.sample)}
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(position | pending) + "\n")
+
+    epoch_end = eval_end = batch_end
+    eval_standalone_start = fit_start  # a line that was cut short would make one with the next
 
 
 def _as_number(value: Any) -> float | None:

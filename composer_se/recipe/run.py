@@ -18,9 +18,9 @@ from composer_se.errors import UserError, one_line
 from composer_se.launch import say
 from composer_se.parts.weights import LoadedWeights, read_plain_weights
 from composer_se.recipe.checkpoints import (
+    chain,
     check_latest,
     explain_failed_write,
-    local_folder,
     remove_unfinished_checkpoint,
     restore_latest,
 )
@@ -30,7 +30,6 @@ from composer_se.recipe.run_folder import (
     check_classes,
     check_unchanged,
     is_under_way,
-    metrics_file,
     read_finished,
     write_classes,
     write_recipe,
@@ -126,7 +125,7 @@ def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     Raises:
         UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.
     """
-    checkpoints = local_folder(recipe.save_folder)
+    checkpoints = None if "://" in recipe.save_folder else Path(recipe.save_folder)
     if checkpoints:
         restore_latest(checkpoints)
     check_unchanged(recipe)
@@ -143,7 +142,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     parts = build_parts(recipe, plan)
     from_rank_zero(lambda: check_classes(recipe, parts.classes))
 
-    metrics = MetricsFile(metrics_file(recipe))
+    metrics = MetricsFile(Path(recipe.run_folder) / "metrics.jsonl")
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
         options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
@@ -249,12 +248,11 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
     }
 
 
-def _interruption_behind(error: BaseException | None) -> int | None:
+def _interruption_behind(error: BaseException) -> int | None:
     """The exit code of the signal behind an error: one that came while a file was written makes its writer complain."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
+    for link in chain(error):
+        if isinstance(link, KeyboardInterrupt):
             return 130
-        if isinstance(error, SystemExit) and error.code in _INTERRUPTED:  # Composer turns signals into these
-            return int(error.code)
-        error = error.__context__
+        if isinstance(link, SystemExit) and link.code in _INTERRUPTED:  # Composer turns signals into these
+            return int(link.code)
     return None

@@ -28,18 +28,12 @@ __all__ = [
     "check_unchanged",
     "describe_changes",
     "is_under_way",
-    "metrics_file",
     "read_classes",
     "read_finished",
     "write_classes",
     "write_recipe",
     "write_summary",
 ]
-
-
-def metrics_file(recipe: Recipe) -> Path:
-    """The path of the run's metrics."""
-    return Path(recipe.run_folder) / "metrics.jsonl"
 
 
 def read_finished(recipe: Recipe) -> dict[str, Any] | None:
@@ -127,7 +121,7 @@ def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Seque
     return ", ".join(
         f"{key} (was {_shown(before.get(key))}, now {_shown(now.get(key))})"
         for key in sorted({*before, *now})
-        if before.get(key) != now.get(key) and not any(_is_under(key, ancestor) for ancestor in free)
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{above}.") for above in free)
     )
 
 
@@ -159,7 +153,3 @@ def _flatten(content: Any, path: str = "") -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return "null" if value is None else repr(value)
-
-
-def _is_under(key: str, ancestor: str) -> bool:
-    return key == ancestor or key.startswith(ancestor + ".")

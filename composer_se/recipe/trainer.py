@@ -73,7 +73,7 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
     Raises:
         UserError: A component rejects a value, the data can't be read, or network and data don't fit.
     """
-    algorithms = build_algorithms(plan)
+    algorithms = build_algorithms(plan.algorithms)
     if recipe.trainable is not None:
         algorithms.append(_TrainOnly(recipe.trainable))
     scheduler = _build_scheduler(plan.scheduler) if plan.scheduler else None
@@ -94,7 +94,7 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
             f"train_batch_size: the training data has fewer than {recipe.train_batch_size} images; "
             "set a smaller train_batch_size"
         )
-    outputs = count_outputs(network, plan, splits["train_dataset"])
+    outputs = count_outputs(network, plan.model, splits["train_dataset"])
     _check_classes(outputs, recipe.model["name"], splits)
     classes = splits["train_dataset"].classes
     return Parts(network, outputs, algorithms, optimizer, scheduler, train_loader, eval_loader, classes)
@@ -109,23 +109,23 @@ def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train
     return construct(split.loader, data.images.path, batch_size, seed, train, data.num_workers, pin_memory)
 
 
-def build_algorithms(plan: RunPlan) -> list[Algorithm]:
+def build_algorithms(components: Sequence[Component]) -> list[Algorithm]:
     """The algorithms of a recipe. Their complaints about the network, once a Trainer is made, name their keys."""
-    return [_build_algorithm(component) for component in plan.algorithms]
+    return [_build_algorithm(component) for component in components]
 
 
-def count_outputs(network: nn.Module, plan: RunPlan, split: Split) -> int:
+def count_outputs(network: nn.Module, model: Component, split: Split) -> int:
     """The number of the network's outputs for an image of the split.
 
     Raises:
         UserError: The network does not take the image, or there is none yet and the network doesn't say the number.
     """
-    name = getattr(plan.model.target, "__name__", "the network")
+    name = getattr(model.target, "__name__", "the network")
     image = split.example()
     if image is not None:
         return try_network(network, image, name)
-    parameter = inspect.signature(plan.model.target).parameters.get("num_classes")
-    said = plan.model.arguments.get("num_classes", parameter and parameter.default)
+    parameter = inspect.signature(model.target).parameters.get("num_classes")
+    said = model.arguments.get("num_classes", parameter and parameter.default)
     outputs = getattr(network, "num_classes", said)
     if not isinstance(outputs, int):
         raise UserError(f"model: {name} doesn't say how many classes it has; give it an attribute num_classes")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -34,7 +33,10 @@ __all__ = [
     "count_classes",
     "log_once",
     "make_plan",
+    "plan_data",
+    "plan_model",
     "plan_network",
+    "plan_section",
     "squeeze_excite_options",
 ]
 
@@ -92,13 +94,13 @@ def make_plan(recipe: Recipe) -> RunPlan:
     _check_numbers(recipe)
     plan = RunPlan(
         model=plan_network(recipe),
-        train_data=_plan_data("train_dataset", recipe.train_dataset),
-        eval_data=_plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
+        train_data=plan_data("train_dataset", recipe.train_dataset),
+        eval_data=plan_data("eval_dataset", recipe.eval_dataset) if recipe.eval_dataset else None,
         optimizer=_plan_named("optimizer", recipe.optimizer, supplied=1),
         scheduler=_plan_named("scheduler", recipe.scheduler) if recipe.scheduler else None,
-        algorithms=_plan_section("algorithms", recipe.algorithms),
-        callbacks=_plan_section("callbacks", recipe.callbacks),
-        loggers=_plan_section("loggers", recipe.loggers),
+        algorithms=plan_section("algorithms", recipe.algorithms),
+        callbacks=plan_section("callbacks", recipe.callbacks),
+        loggers=plan_section("loggers", recipe.loggers),
     )
     _check_same_split(recipe)
     _check_warmup(recipe, plan.scheduler)
@@ -117,7 +119,15 @@ def plan_network(recipe: Recipe) -> Component:
     Raises:
         UserError: Naming the key by its full path.
     """
-    section = with_num_classes(recipe.model, count_classes(recipe))
+    return plan_model(with_num_classes(recipe.model, count_classes(recipe)))
+
+
+def plan_model(section: dict[str, Any]) -> Component:
+    """The network of a recipe's section `model`.
+
+    Raises:
+        UserError: It can't be found, or one of its arguments is wrong.
+    """
     return Component("model", *check_network(section["name"], _without(section, "name")))
 
 
@@ -138,10 +148,14 @@ def _check_dataset(path: str, section: dict[str, Any]) -> tuple[DataSet, dict[st
     return dataset, check_arguments(dataset.open, given, path, supplied=("train",))
 
 
-def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+def plan_data(path: str, section: dict[str, Any]) -> DataPlan:
+    """A recipe's section `train_dataset` or `eval_dataset`, which `path` says.
+
+    Raises:
+        UserError: There is no such data set, one of its arguments is wrong, or files are missing.
+    """
     dataset, arguments = _check_dataset(path, section)
-    loading = {key: value for key, value in section.items() if key == "num_workers"}
-    num_workers = check_arguments(_loader_arguments, loading, path).get("num_workers")
+    num_workers = check_arguments(_loader_arguments, {"num_workers": section.get("num_workers")}, path)["num_workers"]
     if num_workers is not None and num_workers < 0:
         raise UserError(f"{path}.num_workers: expected 0 or more, got {num_workers}")
     fault = dataset.find_fault(path == "train_dataset", arguments)
@@ -153,7 +167,8 @@ def _plan_data(path: str, section: dict[str, Any]) -> DataPlan:
 def _check_same_split(recipe: Recipe) -> None:
     """Both splits of one data set are divided alike, or images would be in both of them."""
     ours, theirs = recipe.train_dataset, recipe.eval_dataset or {}
-    if ours["name"] != theirs.get("name") or not _is_same_place(ours.get("root"), theirs.get("root")):
+    places = {os.path.realpath(str(section.get("root"))) for section in (ours, theirs)}
+    if ours["name"] != theirs.get("name") or len(places) > 1:
         return
     dataset = find_dataset(ours["name"], "train_dataset.name")
     for name in dataset.shared:
@@ -164,10 +179,6 @@ def _check_same_split(recipe: Recipe) -> None:
                 f"eval_dataset.{name}: is {there!r}, but {here!r} in train_dataset; set both alike, or images would "
                 "be in both of them"
             )
-
-
-def _is_same_place(ours: Any, theirs: Any) -> bool:
-    return os.path.realpath(str(ours)) == os.path.realpath(str(theirs))
 
 
 def _loader_arguments(num_workers: int | None = None) -> None:
@@ -181,7 +192,12 @@ def _plan_named(section: str, content: dict[str, Any], supplied: int = 0) -> Com
     return Component(section, target, check_arguments(target, _without(content, "name"), section, first))
 
 
-def _plan_section(section: str, content: dict[str, Any] | None) -> list[Component]:
+def plan_section(section: str, content: dict[str, Any] | None) -> list[Component]:
+    """The components of a recipe's section `algorithms`, `callbacks` or `loggers`.
+
+    Raises:
+        UserError: A component can't be found, or one of its arguments is wrong.
+    """
     planned = []
     for name, arguments in (content or {}).items():
         path = f"{section}.{name}"
@@ -223,7 +239,7 @@ def _check_machine(recipe: Recipe) -> None:
         raise UserError(f"device_train_microbatch_size: expected a whole number or auto, got {size!r}")
     if size == "auto" and not on_gpu:
         raise UserError("device_train_microbatch_size: auto needs a GPU; set a number, or null for no splitting")
-    if isinstance(size, int | float) and not size > 0:  # NaN too
+    if isinstance(size, int | float) and size <= 0:
         raise UserError(f"device_train_microbatch_size: expected more than 0, got {size}")
 
     precisions = [precision.value for precision in Precision]
@@ -254,7 +270,7 @@ def _check_numbers(recipe: Recipe) -> None:
         raise UserError(f"seed: expected 0 to {2**32 - 1}, got {recipe.seed}")
     for key in ("scale_schedule_ratio", "dist_timeout"):
         value = getattr(recipe, key)
-        if not 0 < value < math.inf:
+        if value <= 0:
             raise UserError(f"{key}: expected a number above 0, got {value}")
     if recipe.scale_schedule_ratio != 1 and recipe.scheduler is None:
         raise UserError("scale_schedule_ratio: there is no scheduler to scale; add one, or change max_duration instead")

@@ -16,27 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from composer_se.folding import fold_constant_gates
-from composer_se.gates.analysis import channel_means, on_device
-from composer_se.gates.observe import gate_sums, observe_logits, se_blocks
-from composer_se.measure.uncertainty import Interval, change_of_share
+from composer_se.gates.analysis import Score, on_device, score
+from composer_se.gates.observe import gate_sums, moments, observing, se_blocks
 
-__all__ = ["Point", "Score", "find_curve", "fold_first", "mean_gates", "most_fixed"]
+__all__ = ["Point", "find_curve", "fold_first", "mean_gates", "most_fixed"]
 
 Batches = Iterable[Any]
 """Yields (images, labels); can be gone through again."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How accurate the network is on some images.
-
-    Attributes:
-        accuracy: Share of the images that are classified correctly.
-        change: The change from the network with all blocks, with its 95 % interval over images.
-    """
-
-    accuracy: float
-    change: Interval
 
 
 @dataclass(frozen=True)
@@ -73,14 +59,10 @@ def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor],
     def see(name: str, logits: Tensor) -> None:
         sums[name] = sums.get(name, 0) + gate_sums(logits, blocks[name].gate_limit).cpu()
 
-    handles = [observe_logits(block, lambda z, name=name: see(name, z)) for name, block in blocks.items()]
-    try:
-        for images, _ in on_device(batches, _device(network)):
+    with observing(blocks, see):
+        for images, _ in on_device(batches, network):
             network(images)
-    finally:
-        for handle in handles:
-            handle.remove()
-    means = {name: channel_means(sums[name]) for name in blocks if name in sums}
+    means = {name: moments(sums[name])[0] for name in blocks if name in sums}
     reasons = {name: "it never runs" for name in blocks if name not in sums}
     for name, mean in list(means.items()):
         try:
@@ -119,7 +101,8 @@ def find_curve(
 
     def point(fixed: str | None) -> Point:
         parameters = sum(parameter.numel() for parameter in current.parameters())
-        return Point(fixed, parameters, _score(before, outcome), _score(reported_before, reported))
+        decided = score(before.right, outcome.right)
+        return Point(fixed, parameters, decided, score(reported_before.right, reported.right))
 
     points = [point(None)]
     costs = dict.fromkeys(means, float("-inf"))
@@ -163,17 +146,8 @@ class _Outcome:
 def _evaluate(network: nn.Module, batches: Batches) -> _Outcome:
     right: list[Tensor] = []
     losses: list[Tensor] = []
-    for images, labels in on_device(batches, _device(network)):
+    for images, labels in on_device(batches, network):
         outputs = network(images)
         right.append((outputs.argmax(1) == labels).cpu())
         losses.append(F.cross_entropy(outputs.float(), labels, reduction="none").cpu().double())
     return _Outcome(torch.cat(right), float(torch.cat(losses).mean()))
-
-
-def _score(before: _Outcome, after: _Outcome) -> Score:
-    lost, gained = int((before.right & ~after.right).sum()), int((~before.right & after.right).sum())
-    return Score(float(after.right.double().mean()), change_of_share(lost, gained, len(before.right)))
-
-
-def _device(network: nn.Module) -> torch.device:
-    return next(network.parameters()).device
