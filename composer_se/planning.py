@@ -7,7 +7,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ class Plan:
     image_size: tuple[int, int] | None
     parameters: int
     multiply_adds: int | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...]
 
     @property
     def chosen(self) -> tuple[ConvPlan, ...]:

@@ -76,11 +76,10 @@ _Part = Parameter | nn.Module
 
 def _chosen(model: nn.Module, patterns: Sequence[str]) -> set[_Part]:
     names: dict[_Part, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            names.setdefault(parameter, []).append(f"{name}.{key}" if name else key)
-        if _is_bare_norm(module):
-            names.setdefault(module, []).append(name)
+    parts = *model.named_parameters(remove_duplicate=False), *model.named_modules(remove_duplicate=False)
+    for name, part in parts:
+        if isinstance(part, Parameter) or _is_bare_norm(part):
+            names.setdefault(part, []).append(name)
     chosen: set[_Part] = set()
     for pattern in patterns:
         if pattern in _WORDS:

@@ -80,18 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints the tables, writes the files asked for."""
+    from matplotlib.backend_bases import FigureCanvasBase
     from rich.console import Console
 
     from composer_se.cost.picture import draw
     from composer_se.cost.study import measure
     from composer_se.cost.tables import as_dict, print_study
-    from composer_se.show.pictures import picture_formats
     from composer_se.show.terminal import progress_bar
     from composer_se.show.text import to_json
 
     _check_file("--json", args.json)
     _check_file("--plot", args.plot)
-    if args.plot is not None and args.plot.suffix.removeprefix(".") not in picture_formats():
+    if args.plot is not None and args.plot.suffix.removeprefix(".") not in FigureCanvasBase.get_supported_filetypes():
         raise UserError(f"--plot {args.plot}: its ending must name a picture format, such as .png or .svg")
     network = read_network(args)
     settings = _settings(args, network)

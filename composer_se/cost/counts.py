@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -116,5 +117,4 @@ def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, set
 
 def _batch_size_apart(layer: nn.Module) -> int:
     """A batch size at which no parameter, and so no gradient of one, has as many elements as the layer's output map."""
-    primes = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31)
-    return next(n for n in primes if all(parameter.numel() % n for parameter in layer.parameters()))
+    return next(n for n in itertools.count(2) if all(parameter.numel() % n for parameter in layer.parameters()))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from composer_se.errors import UserError
+from composer_se.errors import UserError, one_line
 from composer_se.functional import apply_squeeze_excite
 from composer_se.options import SqueezeExciteOptions
 from composer_se.selection import ConvChoice, following_norms, select_convs
@@ -59,7 +59,7 @@ def make_variants(
             options = replace(squeeze_excite, min_channels=setting)
             selection = select_convs(network, options)
         except (TypeError, ValueError) as error:
-            raise UserError(" ".join(str(error).split())) from error
+            raise UserError(one_line(error)) from error
         layers = _layers(network, selection.chosen, options.placement)
         label = f"{setting} ({selection.min_channels})" if setting == "auto" else str(setting)
         if not layers:

@@ -6,7 +6,6 @@ import math
 from textwrap import fill
 from typing import Any
 
-from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
 __all__ = [
@@ -17,7 +16,6 @@ __all__ = [
     "caption_below",
     "legend_above",
     "new_figure",
-    "picture_formats",
     "style",
 ]
 
@@ -26,11 +24,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BLACK = "#000000"
 GREY = "#555555"
 MARKERS = "osD^vPX"
-
-
-def picture_formats() -> set[str]:
-    """The file name endings that a picture can be written with, without the dot."""
-    return set(FigureCanvasBase.get_supported_filetypes())
 
 
 def new_figure(width: float, height: float) -> Figure:
