@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))  # results name their folder
 RUNS = Path("runs")
 NO_SE = "algorithms.squeeze_excite=null"
 ALL_CONVS = "algorithms.squeeze_excite.min_channels=1"
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     args = parser.parse_args()
     study = finetuning if args.study == "finetuning" else placement
-    study(str(Path(args.root).absolute()), args.seeds)
+    study(args.root, args.seeds)
 
 
 if __name__ == "__main__":
