@@ -185,7 +185,8 @@ def placement(root: str, seeds: int) -> None:
     """Every arm with the learning rate and epochs that suit the network without SE, then `slim` on "all convs"."""
     folder = RESULTS / "placement"
     held_out = f"eval_dataset={{name: 'evidence:held_out_training_images', root: {root}, num_held_out: 10000}}"
-    chosen = Chosen(folder / "chosen.json", PLACEMENT, (f"train_dataset.root={root}", TRAINED_ON, held_out, NO_SE))
+    shared = (f"train_dataset.root={root}", TRAINED_ON, held_out, NO_SE, "eval_interval=100ep")  # at the end only
+    chosen = Chosen(folder / "chosen.json", PLACEMENT, shared)
     rate = chosen.learning_rate("learning rate", PLACEMENT_RATES, 0.2, "max_duration=10ep")
 
     def after(epochs: int) -> float:
