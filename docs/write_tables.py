@@ -175,14 +175,14 @@ def recommendations() -> str:
         (
             "Fine-tuning, the rest frozen",
             "SE at identity: `trainable: [se, head]`",
-            f"{_points(blocks['equal_epochs'])} points beside the classifier alone, {_points(blocks['equal_time'])} at "
+            f"{_points(blocks['equal_epochs'])} points over the classifier alone, {_points(blocks['equal_time'])} at "
             "equal training time",
         ),
         (
             "Fine-tuning with little memory",
             "the same, in place of training everything",
-            f"{_paired(tuned, 'SE, head', 'everything')} points; {memory:.2f} of the memory for backward, "
-            f"{_step_time(tuned, 'SE, head', 'everything')} of the time",
+            f"{_paired(tuned, 'SE, head', 'everything')} points against everything; {memory:.2f} of the memory for "
+            f"backward, {_step_time(tuned, 'SE, head', 'everything')} of the time",
         ),
         (
             "Fine-tuning everything",

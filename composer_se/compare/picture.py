@@ -90,7 +90,7 @@ def _draw_other_lengths(axis: Any, findings: Findings, reference: str, look: _St
         _draw_point(axis, [batches * scale], values, look, hollow=True)
     if findings.other_lengths:
         label = f"{reference}, trained for the time of another arm"
-        axis.legend([axis.containers[0]], [label], loc="lower right", frameon=False, fontsize="small")
+        axis.legend([axis.containers[0]], [label], loc="best", frameon=False, fontsize="small")
 
 
 def _draw_latency(axis: Any, findings: Findings, judgements: Sequence[Judgement], styles: Mapping[str, _Style]) -> None:
