@@ -56,7 +56,7 @@ PLACEMENT_ARMS = {
     "built-in, all convs": (NO_SE, "algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}"),
 }
 PLACEMENT_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
-PLACEMENT_EPOCHS = (5, 10, 20)
+PLACEMENT_EPOCHS = (5, 10, 20, 40)
 ENOUGH = 0.002  # a doubling of the epochs that brings less ends their search
 POINTS = "0.2"  # percentage points that the seeds of the placement study should decide
 
