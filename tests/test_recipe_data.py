@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import random
 from pathlib import Path
 
@@ -115,6 +116,26 @@ def test_fashion_mnist_reads_a_flat_folder_of_the_original_files(tmp_path: Path)
     ):
         with pytest.raises(ValueError, match=message):
             fashion_mnist(**{"train": True, "root": str(tmp_path), **wrong})
+
+
+def test_images_that_a_study_chooses_by_are_training_images_that_it_does_not_train_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prefix, first in (("train", 0), ("t10k", 100)):
+        pixels = np.repeat(np.arange(first, first + 50, dtype=np.uint8), 28 * 28).reshape(50, 28, 28)
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(idx(pixels))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(idx(np.zeros(50, dtype=np.uint8)))
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "docs")
+    make = importlib.import_module("evidence").held_out_training_images
+    trained = fashion_mnist(train=True, root=str(tmp_path), num_samples=30)
+    shown = {round(float(image.mean()), 4) for image, _ in make(False, str(tmp_path), 20)}
+    assert len(shown) == 20
+    every = fashion_mnist(train=False, root=str(tmp_path), num_channels=1)  # prepared alike
+    assert every.transform is not None
+    values = {round(float(every.transform(trained.images[i][0]).mean()), 4) for i in range(30)}
+    tests = {round(float(every.transform(every.images[i][0]).mean()), 4) for i in range(50)}  # type: ignore[arg-type]
+    assert len(values) == 30
+    assert not shown & (values | tests)
 
 
 def test_fashion_mnist_is_brought_to_the_size_channels_and_scale_of_a_pretrained_network(tmp_path: Path) -> None:
