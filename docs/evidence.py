@@ -197,10 +197,15 @@ def placement(root: str, seeds: int) -> None:
     overrides = (f"optimizer.lr={rate}", f"max_duration={epochs}ep", f"eval_interval={epochs // 5}ep")
     compare(PLACEMENT, PLACEMENT_ARMS, root, folder, "--pilot", POINTS, *overrides)
     compare(PLACEMENT, PLACEMENT_ARMS, root, folder, "--seeds", str(seeds), *overrides)
-    for run in sorted((folder / "runs").glob("all-convs-seed*")):
+    for seed in range(17, 17 + seeds):
+        run = folder / "runs" / f"all-convs-seed{seed}"
         slimmed = folder / "slim" / f"{run.name}.json"
-        is_pilot = int(run.name.rpartition("seed")[2]) >= 1000
-        if not slimmed.is_file() and not is_pilot:
+        if not slimmed.is_file():
+            if not run.is_dir():
+                outcome = folder / "outcomes" / f"{run.name}.json"
+                sys.exit(
+                    f"{run} is gone, so it can't be slimmed: delete {outcome}, and the same command trains it anew"
+                )
             composer_se("slim", str(run), "--data", f"fashion_mnist:{root}")
             slimmed.parent.mkdir(exist_ok=True)
             shutil.copy(run / "slim" / "slim.json", slimmed)

@@ -129,7 +129,7 @@ def test_labels_must_be_class_numbers(network: nn.Sequential) -> None:
 
 
 def test_a_label_that_the_network_does_not_know_is_named(network: nn.Sequential) -> None:
-    with pytest.raises(UserError, match="label 10, but the network 10 outputs"):
+    with pytest.raises(UserError, match="label 10, but the network has 10 outputs; name"):
         analyse(network, [(torch.randn(2, 1, 8, 8), torch.tensor([0, 10]))])
 
 

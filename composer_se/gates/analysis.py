@@ -93,7 +93,10 @@ def analyse(
     for done, (images, labels) in enumerate(on_device(batches, network)):
         outputs, terms = _observe(network, blocks, images)
         if labels.max() >= outputs.shape[1]:
-            raise UserError(f"--data: an image has label {labels.max()}, but the network {outputs.shape[1]} outputs")
+            raise UserError(
+                f"--data: an image has label {labels.max()}, but the network has {outputs.shape[1]} outputs; name "
+                "data of the classes that it was trained on"
+            )
         right.append((outputs.argmax(1) == labels).cpu())
         for name, found in terms.items():
             by_class = found.new_zeros(outputs.shape[1], found.shape[1])
