@@ -338,10 +338,17 @@ def test_overrides_may_stand_anywhere_among_the_options() -> None:
     assert args.arm == [["a", "seed=4"], ["b", "seed=5"]]
 
 
-def test_a_word_that_is_no_override_is_refused(capsys) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "1", "max_duration"], "unrecognized arguments: max_duration"),
+        (["--seeds", "1", "--pilot", "0.2"], "--pilot: not allowed with argument --seeds"),
+    ],
+)
+def test_a_word_that_has_no_meaning_there_is_refused(words, message, capsys) -> None:
     with pytest.raises(SystemExit, match="2"):
-        compare("--seeds", "1", "max_duration")
-    assert "unrecognized arguments: max_duration" in capsys.readouterr().err
+        compare(*words)
+    assert message in capsys.readouterr().err
     assert not Path("out").exists()
 
 

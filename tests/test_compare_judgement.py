@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
 from composer_se.compare.arms import Arm, Comparison
@@ -15,7 +17,7 @@ from composer_se.compare.judgement import _is_shown, judge, judge_pilot, seeds_n
 from composer_se.compare.kept_speeds import _add
 from composer_se.compare.outcomes import Outcome, accuracy_after
 from composer_se.compare.picture import draw
-from composer_se.compare.results import as_json, as_markdown
+from composer_se.compare.results import as_json, as_markdown, print_judgements
 from composer_se.compare.run import Findings, other_lengths
 from composer_se.compare.speed import Speed, Turn
 from composer_se.measure.machine import Machine
@@ -107,6 +109,14 @@ def test_a_pilot_whose_seeds_scatter_too_much_says_that_no_number_is_affordable(
     assert "Over 10,000 seeds would give a 50 % chance" in said
     assert "over 10,000 an 80 % chance" in said
     assert "scatter by 56.57 points" in said
+
+
+def test_the_table_of_arms_that_differ_widely_fits_80_columns_and_breaks_no_word(capsys) -> None:
+    comparison, findings = findings_of(
+        {"plain": [0.9, 0.7], "everything, SE": [0.5, 0.2]}, {"plain": 1.0, "everything, SE": 12.0}
+    )
+    print_judgements(comparison, judge(comparison, findings), Console(width=80))
+    assert re.search(r"^ everything, +35\.00 +-45\.00 +-45\.00", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_accuracy_at_a_training_time_is_interpolated_between_the_ends_of_complete_runs() -> None:

@@ -29,12 +29,20 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `composer-se compare`."""
     add_recipe_arguments(parser, "a key for all arms, such as max_duration=5ep")
-    parser.add_argument(
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
         "--seeds",
         type=int,
         default=5,
         metavar="N",
         help="runs of each arm; 0 measures how fast the arms are and trains none (default: 5)",
+    )
+    size.add_argument(
+        "--pilot",
+        type=float,
+        metavar="POINTS",
+        help="before a comparison: train two other seeds of each arm, and say how many seeds would show a difference "
+        "of so many percentage points",
     )
     parser.add_argument(
         "--arm",
@@ -44,13 +52,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("NAME", "key=value"),
         help="something to compare: a name, and what it changes in the recipe; the first is what the others are "
         "compared with (default: the recipe without SE, and as written)",
-    )
-    parser.add_argument(
-        "--pilot",
-        type=float,
-        metavar="POINTS",
-        help="before a comparison: train two other seeds of each arm, and say how many seeds would show a difference "
-        "of so many percentage points",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to (default: runs/compare-RECIPE)")
 

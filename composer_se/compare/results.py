@@ -36,7 +36,8 @@ def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], co
     """Prints the table, which fits 80 columns, and a sentence on each arm."""
     seeds = len(judgements[0].accuracies)
     title = f"{comparison.recipe}: {plural(seeds, 'seed')} per arm"
-    table = new_table(title, _EXPLANATION, _HEADS[0], [head.replace(" ", "\n", 1) for head in _HEADS[1:]])
+    heads = [head.replace(" ", "\n", 1) for head in _HEADS[1:]]
+    table = new_table(title, _EXPLANATION, _HEADS[0], heads, side=0)
     for judged in judgements:
         table.add_row(*_cells(judged, "\n"))
     console.print(table)
