@@ -19,6 +19,7 @@ from composer_se.cli import main
 from composer_se.errors import UserError
 from composer_se.gates.analysis import Analysis, analyse, score
 from composer_se.gates.observe import se_blocks
+from composer_se.show.pictures import new_figure
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -202,3 +203,18 @@ def test_many_layers_share_one_picture(tmp_path: Path, network: nn.Sequential, b
     many = Analysis(analysis.layers * 15, analysis.accuracy, analysis.num_images)
     draw("Gates of many", many, [str(k) for k in range(10)], tmp_path / "gates.svg")
     assert "20 of 30 layers" in (tmp_path / "gates.svg").read_text()
+
+
+@pytest.mark.parametrize(("init", "limit"), [("default", 1), ("identity", 2)])
+def test_the_axis_of_the_picture_reaches_as_far_as_gates_can(
+    init: str, limit: int, tmp_path: Path, batches: Batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from composer_se.gates import picture
+
+    figures = []
+    monkeypatch.setattr(picture, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[0])
+    network = small_network()
+    apply_squeeze_excite(network, 4, 8, init=init)
+    picture.draw("Gates", analyse(network.eval(), batches), [str(k) for k in range(10)], tmp_path / "gates.png")
+    panels = [axis for axis in figures[0].axes if axis.get_title() in ("0", "3")]
+    assert [axis.get_ylim() for axis in panels] == [(0, limit)] * 2
