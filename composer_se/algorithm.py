@@ -42,7 +42,7 @@ class SqueezeExcite(Algorithm):
         include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
         init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
-        placement: ``"conv"``, or ``"norm"`` for blocks behind the norm that follows. Default: ``"conv"``.
+        placement: ``"conv"``, or ``"norm"`` for blocks after the norm that follows. Default: ``"conv"``.
         inplace: Not needed any more.
 
     Raises:

@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line on which overrides of a recipe may stand anywhere among the options.
 
-    argparse takes only those right behind the recipe, and those behind `--arm NAME` for the arm's.
+    argparse takes only those right after the recipe, and those after `--arm NAME` for the arm's.
     """
     args, rest = parser.parse_known_args(argv)
     if "overrides" in args:

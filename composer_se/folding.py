@@ -22,7 +22,7 @@ __all__ = ["fold_constant_gates"]
 def fold_constant_gates(
     model: nn.Module, gates: Mapping[str, Tensor], optimizers: Optimizer | Sequence[Optimizer] | None = None
 ) -> dict[str, nn.Module]:
-    """Multiplies constant gates into the weights of their layers and removes those blocks, in place.
+    """Folds blocks with constant gates into the weights of their layers, in place.
 
     The gates are what scales the maps: for a block with ``init="identity"`` they lie between 0 and 2. The other blocks
     stay. A gate that depends on the image can be folded too, at its mean for instance; then the outputs change.

@@ -56,7 +56,7 @@ def apply_squeeze_excite(
         include: Glob pattern, or several, of convs that get a block. Default: all.
         exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
-        placement: ``"conv"``, or ``"norm"`` for blocks behind the norm that follows. Default: ``"conv"``.
+        placement: ``"conv"``, or ``"norm"`` for blocks after the norm that follows. Default: ``"conv"``.
         inplace: Not needed any more.
 
     Returns:
@@ -66,7 +66,7 @@ def apply_squeeze_excite(
     Raises:
         TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
         ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv, no norm
-            follows a conv whose block goes behind one, or an optimizer holds none of the model's parameters. The model
+            follows a conv whose block goes after one, or an optimizer holds none of the model's parameters. The model
             and the optimizers are as before.
 
     Example:

@@ -29,7 +29,7 @@ class SqueezeExciteNorm2d(SqueezeExcited):
 
     Args:
         norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. `torch.nn.BatchNorm2d` takes the gates
-            along while gradients are recorded; behind other norms the block has passes of its own.
+            along while gradients are recorded; after other norms the block has passes of its own.
         num_features: Channels of the map.
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.

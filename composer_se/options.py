@@ -38,14 +38,14 @@ class SqueezeExciteOptions:
         min_channels_of: ``"output"`` compares ``min_channels`` with the conv's output channels, ``"both"`` with the
             smaller of input and output channels, as Composer's built-in algorithm does. Default: ``"output"``.
         include: Glob pattern, or several, over qualified module names: only convs that match one, or lie in a module
-            that does, get a block. A pattern that is a conv's full name also overrides the rule on existing SE blocks.
+            that does, get a block. A conv's full name also admits a conv inside an existing SE block or on a 1×1 map.
             A leading ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
         exclude: Glob pattern, or several, of convs to pass over. Default: none.
         init: How a block starts. ``"default"``: the initialisation of `torch.nn.Linear`, for networks trained from
             scratch. Each gate starts at about one half. ``"identity"``: gates of 1, which leave the network as it is,
             for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last layer of the MLP
             starts at zero. Default: ``"default"``.
-        placement: Where the block of a chosen conv goes. ``"conv"``: right behind it. ``"norm"``: behind the norm that
+        placement: Where the block of a chosen conv goes. ``"conv"``: right after it. ``"norm"``: after the norm that
             follows it, as in the paper. Default: ``"conv"``.
         inplace: Not needed any more; any value but None logs a warning.
 
@@ -75,7 +75,7 @@ class SqueezeExciteOptions:
         check_init(self.init)
         if self.placement not in ("conv", "norm"):
             raise ValueError(
-                f'placement is {self.placement!r}; choose "conv" (blocks behind convs) or "norm" (behind the norms '
+                f'placement is {self.placement!r}; choose "conv" (blocks after convs) or "norm" (after the norms '
                 "that follow them)."
             )
         # Plain numbers and tuples, so that the repr can be evaluated whatever they came as.
@@ -91,7 +91,7 @@ class SqueezeExciteOptions:
 
 
 def check_init(init: str) -> None:
-    """Checks the way that a block starts.
+    """Checks the option ``init``.
 
     Raises:
         ValueError: If it is neither "default" nor "identity".

@@ -103,7 +103,7 @@ class Plan:
         lines = [
             f"SE on {len(self.chosen)} of {len(self.convs)} convs, min_channels={options.min_channels}"
             + (f" (resolves to {self.threshold})" if options.min_channels == "auto" else ""),
-            f"blocks behind the {options.placement}, init={options.init}"
+            f"blocks after the {options.placement}, init={options.init}"
             + (": the network computes what it did before" if options.init == "identity" else ""),
             f"parameters: {self.parameters:,} + {self.added_parameters:,}"
             + _percent(self.added_parameters, self.parameters),

@@ -74,7 +74,7 @@ class Selection:
 def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
     """Chooses the convs of a model that get a Squeeze-and-Excitation block. Changes nothing.
 
-    Skips a conv that has a block already, that is part of an existing SE block or works on the 1×1 map behind a global
+    Skips a conv that has a block already, that is part of an existing SE block or works on the 1×1 map after a global
     pool, that the patterns exclude, or that has too few channels; the first of these is the reason given.
 
     Args:
@@ -86,7 +86,7 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     Raises:
         TypeError: If the model is wrapped in DDP or FSDP.
-        ValueError: If a pattern matches no conv, the model is itself a conv, or a block goes behind the norm that
+        ValueError: If a pattern matches no conv, the model is itself a conv, or a block goes after the norm that
             follows and there is none.
     """
     include, exclude = tuple(options.include or ()), tuple(options.exclude or ())
@@ -174,7 +174,7 @@ def _conv_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _convs_with_block(model: nn.Module, norms: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, int]:
-    """The convs that have a block of ours, behind them or behind the norm that follows, with its width."""
+    """The convs that have a block of ours, after them or after the norm that follows, with its width."""
     wrappers = (module for module in model.modules() if isinstance(module, SqueezeExciteConv2d))
     widths = {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
     return widths | {conv: n.se.latent_channels for conv, n in norms.items() if isinstance(n, SqueezeExciteNorm2d)}
@@ -192,7 +192,7 @@ def _check_norms(choices: Sequence[ConvChoice]) -> None:
 
 
 def _is_channels_last(norm: nn.Module) -> bool:
-    """Says that a norm takes (N, H, W, C), as ConvNeXt's do: a block behind it would take rows for channels."""
+    """Says that a norm takes (N, H, W, C), as ConvNeXt's do: a block after it would take rows for channels."""
     # Both LayerNorm2d, timm's and torchvision's, take (N, C, H, W).
     of_channels = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
     return of_channels and "2d" not in type(norm).__name__
@@ -210,8 +210,8 @@ def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:
             for child_name, child in module.named_children():
                 if child_name.startswith("fc") and _is_pointwise(child):
                     reasons.setdefault(child, f"on the 1×1 map of {label}")
-        for conv in _convs_behind_global_pool(module):
-            reasons.setdefault(conv, "on the 1×1 map behind a global pool")
+        for conv in _convs_after_global_pool(module):
+            reasons.setdefault(conv, "on the 1×1 map after a global pool")
     return reasons
 
 
@@ -280,7 +280,7 @@ def _is_global_pool(module: nn.Module) -> bool:
     return named_like_one and getattr(module, "output_size", 1) in (1, (1, 1))
 
 
-def _convs_behind_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
+def _convs_after_global_pool(parent: nn.Module) -> Iterator[nn.Conv2d]:
     """The convs registered after a global pool in the same parent, up to something that makes or needs larger maps.
 
     In a `torch.nn.Sequential` the order is that of the calls. In other parents it only suggests so, and a shortcut may

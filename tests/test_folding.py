@@ -39,7 +39,7 @@ def network(**of_conv: Any) -> nn.Sequential:
     return model.double()
 
 
-def network_with_block_behind(norm: nn.Module) -> nn.Sequential:
+def network_with_block_after(norm: nn.Module) -> nn.Sequential:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), copy.deepcopy(norm), nn.ReLU())
     apply_squeeze_excite(model, 4, 8, placement="norm")
     return model.double()
@@ -67,8 +67,8 @@ def test_outputs_stay_where_gates_are_constant(of_conv: dict[str, Any], training
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_outputs_stay_where_gates_behind_a_norm_are_constant(norm: nn.Module, training: bool) -> None:
-    model = network_with_block_behind(norm).train(training)
+def test_outputs_stay_where_gates_after_a_norm_are_constant(norm: nn.Module, training: bool) -> None:
+    model = network_with_block_after(norm).train(training)
     torch.nn.init.uniform_(model[1].norm.weight)
     torch.nn.init.uniform_(model[1].norm.bias)
     gates = make_constant(model[1])
@@ -117,7 +117,7 @@ class ActivatedNorm(nn.BatchNorm2d):
     ],
 )
 def test_norm_that_can_not_take_the_gates_is_refused(norm: nn.Module, message: str) -> None:
-    model = network_with_block_behind(norm)
+    model = network_with_block_after(norm)
     with pytest.raises(ValueError, match=message):
         fold_constant_gates(model, {"1": torch.full((8,), 0.5)})
     assert isinstance(model[1], SqueezeExcited)

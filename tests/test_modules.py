@@ -145,7 +145,7 @@ def test_state_dict_of_a_parametrised_conv_loads() -> None:
 
 
 class Owner(nn.Module):
-    """A conv with a block, and a norm or an addition behind it."""
+    """A conv with a block, and a norm or an addition after it."""
 
     def __init__(self, followed_by_norm: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The block behind the norm: the paper's order, in the passes of the norm."""
+"""The block after the norm: the paper's order, in the passes of the norm."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_a_resnet50_is_the_papers_se_resnet50() -> None:
         torch.testing.assert_close(model(x), by_hand(x))
 
 
-def test_surgery_puts_blocks_behind_norms_and_takes_them_out_again() -> None:
+def test_surgery_puts_blocks_after_norms_and_takes_them_out_again() -> None:
     model = conv_norm_net((8, 16))
     x = torch.randn(3, 3, 6, 6)
     expected, keys = model(x), list(model.state_dict())

@@ -135,7 +135,7 @@ def test_gated_bottleneck_with_a_norm_is_no_se_block() -> None:
     assert not is_se_block(ChannelGate(8, with_norm=True))
 
 
-def test_convs_behind_a_global_pool_are_passed_over() -> None:
+def test_convs_after_a_global_pool_are_passed_over() -> None:
     aspp_pooling = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(64, 64, 1), nn.ReLU())
     local = nn.Sequential(nn.AdaptiveAvgPool2d(7), nn.Conv2d(64, 64, 1))
     assert chosen(nn.ModuleList([aspp_pooling, local]), 4, 16) == ["1.1"]

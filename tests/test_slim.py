@@ -160,13 +160,13 @@ def slimmed(run: Path, folder: Path) -> Slimmed:
 
 
 @pytest.fixture(scope="module")
-def behind_convs(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
+def after_convs(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
     return slimmed(digits_run, tmp_path_factory.mktemp("convs") / "out")
 
 
 @pytest.fixture(scope="module")
-def behind_norms(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
-    """Of weights whose blocks have started at identity, behind norms."""
+def after_norms(digits_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Slimmed:
+    """Of weights whose blocks have started at identity, after norms."""
     run = tmp_path_factory.mktemp("norms")
     shutil.copy(digits_run / "recipe.yaml", run)
     options = {"latent_channels": 64, "min_channels": 64, "placement": "norm", "init": "identity"}
@@ -183,17 +183,17 @@ def checksums(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def reloaded(behind_convs: Slimmed) -> nn.Module:
-    return load_trained(behind_convs.folder, None, None, torch.device("cpu")).network
+def reloaded(after_convs: Slimmed) -> nn.Module:
+    return load_trained(after_convs.folder, None, None, torch.device("cpu")).network
 
 
-@pytest.mark.parametrize("placement", ["behind_convs", "behind_norms"])
+@pytest.mark.parametrize("placement", ["after_convs", "after_norms"])
 def test_what_is_written_is_the_folded_network(placement: str, request: pytest.FixtureRequest) -> None:
     slimmed: Slimmed = request.getfixturevalue(placement)
     assert sorted(path.name for path in slimmed.folder.iterdir()) == FILES
     found = json.loads((slimmed.folder / "slim.json").read_text())
     names = [point["fixed"] for point in found["points"]]
-    layers = BLOCKS if placement == "behind_convs" else [name.replace("conv", "bn") for name in BLOCKS]
+    layers = BLOCKS if placement == "after_convs" else [name.replace("conv", "bn") for name in BLOCKS]
     assert sorted(names[1:]) == layers
     trained, network = load_trained(slimmed.run, None, None, CPU), load_trained(slimmed.folder, None, None, CPU).network
     assert {name for name, module in network.named_modules() if isinstance(module, SqueezeExcited)} == {*names[5:]}
@@ -207,14 +207,14 @@ def test_what_is_written_is_the_folded_network(placement: str, request: pytest.F
     assert found["points"][4]["reporting"]["accuracy"] == pytest.approx(accuracy)
 
 
-def test_command_says_what_was_gained(behind_norms: Slimmed) -> None:
-    found = json.loads((behind_norms.folder / "slim.json").read_text())
+def test_command_says_what_was_gained(after_norms: Slimmed) -> None:
+    found = json.loads((after_norms.folder / "slim.json").read_text())
     assert found["num_images"] == {"deciding": 180, "reporting": 180}
     assert found["latency"].keys() == {"1", "16"}
     assert all({"0", "4", "6"} <= by_count.keys() for by_count in found["latency"].values())
     said = ("keeps 2 of 6 blocks", "parameters", "latency, batch 16", "180 held-out images that decided nothing")
-    assert all(words in " ".join(behind_norms.output.split()) for words in said)
-    assert max(map(len, behind_norms.output.split("Written:")[0].splitlines())) <= 80
+    assert all(words in " ".join(after_norms.output.split()) for words in said)
+    assert max(map(len, after_norms.output.split("Written:")[0].splitlines())) <= 80
 
 
 def test_network_without_any_block_left_has_no_algorithm(digits_run: Path) -> None:
@@ -226,8 +226,8 @@ def test_network_without_any_block_left_has_no_algorithm(digits_run: Path) -> No
     assert "squeeze_excite" in recipe.algorithms
 
 
-def test_what_is_written_exports_and_its_norms_fold_again(behind_convs: Slimmed) -> None:
-    network = load_trained(behind_convs.folder, None, None, CPU).network
+def test_what_is_written_exports_and_its_norms_fold_again(after_convs: Slimmed) -> None:
+    network = load_trained(after_convs.folder, None, None, CPU).network
     images = torch.randn(2, 1, 8, 8)
     exported = torch.export.export(network, (images,)).module()
     torch.testing.assert_close(exported(images), network(images))
@@ -238,22 +238,22 @@ def test_what_is_written_exports_and_its_norms_fold_again(behind_convs: Slimmed)
 
 
 def test_what_is_written_trains_on_and_is_looked_at(
-    behind_convs: Slimmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after_convs: Slimmed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     still = ["max_duration=1ba", "optimizer.lr=0", "optimizer.weight_decay=0", "scheduler=null", "eval_dataset=null"]
     folder = [f"run_folder={tmp_path / 'on'}", f"save_folder={tmp_path / 'on' / 'checkpoints'}"]
-    assert main(["train", str(behind_convs.folder / "recipe.yaml"), *still, *folder]) == 0
+    assert main(["train", str(after_convs.folder / "recipe.yaml"), *still, *folder]) == 0
     state = torch.load(tmp_path / "on" / "checkpoints" / "latest-rank0.pt", weights_only=False)["state"]["model"]
-    weights = torch.load(behind_convs.folder / "weights.pt")
+    weights = torch.load(after_convs.folder / "weights.pt")
     assert {name.removeprefix("module.") for name in state} == weights.keys()
     assert torch.equal(state["module.fc.weight"], weights["fc.weight"])
-    assert main(["gates", str(behind_convs.folder), "--out", str(tmp_path)]) == 0
+    assert main(["gates", str(after_convs.folder), "--out", str(tmp_path)]) == 0
 
 
 @pytest.mark.launch
 def test_killed_and_started_again_it_ends_with_the_same_result(
-    digits_run: Path, behind_convs: Slimmed, tmp_path: Path
+    digits_run: Path, after_convs: Slimmed, tmp_path: Path
 ) -> None:
     run = Path(shutil.copytree(digits_run, tmp_path / "digits", symlinks=True))
     command = [sys.executable, "-m", "composer_se.cli", "slim", str(run), "--device", "cpu"]
@@ -268,8 +268,8 @@ def test_killed_and_started_again_it_ends_with_the_same_result(
     process.wait(timeout=60)
     assert checksums(run) == checksums(digits_run)
     assert slim(run) == 0
-    assert (run / "slim" / "weights.pt").read_bytes() == (behind_convs.folder / "weights.pt").read_bytes()
-    again, before = (json.loads((folder / "slim.json").read_text()) for folder in (run / "slim", behind_convs.folder))
+    assert (run / "slim" / "weights.pt").read_bytes() == (after_convs.folder / "weights.pt").read_bytes()
+    again, before = (json.loads((folder / "slim.json").read_text()) for folder in (run / "slim", after_convs.folder))
     assert again["points"] == before["points"]
 
 

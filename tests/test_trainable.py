@@ -205,7 +205,7 @@ def test_layers_around_a_frozen_norm_keep_their_mode() -> None:
     assert "0.0.weight" not in train_only(model, "norms")
 
 
-def test_gradients_behind_a_frozen_norm_that_takes_the_gate_are_those_of_the_formula() -> None:
+def test_gradients_after_a_frozen_norm_that_takes_the_gate_are_those_of_the_formula() -> None:
     model = network().double()
     images = IMAGES.double()
     model(images)

@@ -70,7 +70,7 @@ def add_squeeze_excite_arguments(parser: Any) -> None:
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="no conv that matches; may be repeated")
     parser.add_argument("--init", choices=("default", "identity"), help="how blocks start (default: default)")
     parser.add_argument(
-        "--placement", choices=("conv", "norm"), help="blocks behind convs, or behind their norms (default: conv)"
+        "--placement", choices=("conv", "norm"), help="blocks after convs, or after their norms (default: conv)"
     )
 
 

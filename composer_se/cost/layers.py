@@ -1,4 +1,4 @@
-"""What Squeeze-and-Excitation adds to single layers: to the norm behind each conv, without the conv.
+"""What Squeeze-and-Excitation adds to single layers: to the norm after each conv, without the conv.
 
 On small machines the times of whole networks scatter by more than SE costs. Single layers resolve it.
 """
@@ -118,16 +118,16 @@ def _different_layers(network: nn.Module, image: Tensor, settings: Settings) -> 
 def _variants(layer: CalledLayer, training: bool, against_composer: bool) -> dict[str, Callable[[Tensor], Tensor]]:
     wrapper: Any = layer.wrapper.train(training)
     norm = nn.Identity() if layer.norm is None else layer.norm.train(training)
-    behind_norm = layer.norm is layer.bare
+    after_norm = layer.norm is layer.bare
     variants: dict[str, Callable[[Tensor], Tensor]] = {
         NOTHING: lambda u: u,
         NORM: lambda u: norm(u),
-        OURS: (lambda u: wrapper(u)) if behind_norm else (lambda u: norm(wrapper.scale(u))),
+        OURS: (lambda u: wrapper(u)) if after_norm else (lambda u: norm(wrapper.scale(u))),
     }
     if against_composer:
         composers = composers_layers().SqueezeExcite2d(layer.map.shape[1], wrapper.se.latent_channels)
         composers = composers.to(layer.map.device).train(training)
-        variants[BUILT_IN] = (lambda u: composers(norm(u))) if behind_norm else (lambda u: norm(composers(u)))
+        variants[BUILT_IN] = (lambda u: composers(norm(u))) if after_norm else (lambda u: norm(composers(u)))
     return variants
 
 

@@ -63,7 +63,7 @@ def full_size_passes(
     taken for `inputs` and all parameters. What the layer without SE does on the same input is subtracted.
 
     Args:
-        with_se: The conv with its SE block, and the norm behind it if there is one.
+        with_se: The conv with its SE block, and the norm after it if there is one.
         plain: The same without SE.
         inputs: What the layer receives in the network, (N, C, H, W).
         autocast: Makes the context of the forward pass.

@@ -90,7 +90,7 @@ def _seeded(network: nn.Module, convert: Callable[[nn.Module], object]) -> Calla
 
 
 def _layers(network: nn.Module, chosen: Iterable[ConvChoice], placement: str) -> dict[str, tuple[int, int]]:
-    """The convs, or the norms behind them, that get SE, by name: channels and width of the block."""
+    """The convs, or the norms after them, that get SE, by name: channels and width of the block."""
     names = {module: name for name, module in network.named_modules()}
     layers = {choice.conv if placement == "conv" else choice.norm: choice for choice in chosen}
     return {names[layer]: (choice.conv.out_channels, choice.latent_channels) for layer, choice in layers.items()}
@@ -127,7 +127,7 @@ def composers_layers() -> Any:
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """An SE layer that a network calls, the norm behind its conv, and what layer and norm get for one image.
+    """An SE layer that a network calls, the norm after its conv, and what layer and norm get for one image.
 
     The layer is a conv and its block, or a norm and its block.
     """

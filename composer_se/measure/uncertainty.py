@@ -50,7 +50,7 @@ def students_t(degrees: int) -> float:
 def pairs_needed(difference: float, deviation: float, chance: float) -> int | None:
     """About how many pairs would show a difference, with a chance, by the 95 % interval of `mean_difference`.
 
-    At a chance of 0.5 that interval is as wide as the difference is large.
+    At a chance of 0.5 the interval's half width is about the difference.
 
     Args:
         difference: The difference to show.

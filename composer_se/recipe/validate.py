@@ -149,7 +149,7 @@ def _check_dataset(path: str, section: dict[str, Any]) -> tuple[DataSet, dict[st
 
 
 def plan_data(path: str, section: dict[str, Any]) -> DataPlan:
-    """A recipe's section `train_dataset` or `eval_dataset`, which `path` says.
+    """Checks the section `path`: `train_dataset` or `eval_dataset`.
 
     Raises:
         UserError: There is no such data set, one of its arguments is wrong, or files are missing.

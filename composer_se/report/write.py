@@ -1,4 +1,4 @@
-"""Puts a run's report together from what its folder holds."""
+"""Writes a run's report from the files in its folder."""
 
 from __future__ import annotations
 

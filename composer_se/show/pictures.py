@@ -60,5 +60,5 @@ def caption_below(figure: Any, text: str, width: int) -> None:
 
 
 def _literal(text: str) -> str:
-    """Keeps matplotlib from reading mathematics between dollar signs."""
+    """Escapes dollar signs, which matplotlib takes for mathematics."""
     return text.replace("$", r"\$")

@@ -52,7 +52,7 @@ def slim_recipe(recipe: Recipe, network: nn.Module, folder: Path) -> Recipe:
 
 
 def _convs_with_block(network: nn.Module) -> list[str]:
-    """The names in the plain network of the convs that have a block, behind them or behind the norm that follows."""
+    """The names in the plain network of the convs that have a block, after them or after the norm that follows."""
     names = {module: name for name, module in network.named_modules()}
     norms = {norm: conv for conv, norm in following_norms(network).items() if isinstance(conv, nn.Conv2d)}
     return [names[norms.get(module, module)] for module in names if isinstance(module, SqueezeExcited)]
