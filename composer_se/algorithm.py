@@ -31,16 +31,16 @@ class SqueezeExcite(Algorithm):
     Trainer's optimizer. All ranks start from the same initial weights. See `composer_se.apply_squeeze_excite` for the
     rules and for use without the Trainer.
 
-    A checkpoint of Composer's own SqueezeExcite continues with this algorithm. Give the Trainer
-    ``load_exclude_algorithms=["SqueezeExcite"]`` then, as recipes do: else Composer warns, adds its algorithm, and puts
-    its blocks on the convs that this one leaves out.
+    This algorithm can continue a checkpoint of Composer's own SqueezeExcite. Give the Trainer
+    ``load_exclude_algorithms=["SqueezeExcite"]``, as recipes do. Otherwise Composer warns, adds its own algorithm, and
+    adds blocks to the convs that this algorithm leaves out.
 
     Args:
         latent_channels: As in `composer_se.SqueezeExciteOptions`, like all options. Default: ``64``.
         min_channels: The least number of channels of a conv that gets a block, or ``"auto"``. Default: ``128``.
         min_channels_of: ``"output"`` or ``"both"``. Default: ``"output"``.
         include: Glob pattern, or several, of convs that get a block. Default: all.
-        exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
         placement: ``"conv"``, or ``"norm"`` for blocks after the norm that follows. Default: ``"conv"``.
         inplace: Not needed any more.

@@ -22,7 +22,7 @@ COMMANDS = {
     "compare": "train with and without SE, and say whether the difference is real",
 }
 
-# What the extra `recipes` brings, by the names under which it is imported.
+# The packages of the extra `recipes`, by their import names.
 _RECIPES = ("composer", "jinja2", "matplotlib", "numpy", "omegaconf", "rich", "scipy", "sklearn", "torchvision", "yaml")
 
 

@@ -1,4 +1,4 @@
-"""The error whose one line is all the user needs, and the wording that such lines share."""
+"""The error that commands show to the user in one line, and the wording of its message."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ __all__ = ["UserError", "did_you_mean", "one_line"]
 
 
 class UserError(Exception):
-    """Something the user can put right: a command prints its message in one line and exits with code 2.
+    """An error that the user can fix: a command prints its message in one line and exits with code 2.
 
-    The message names the thing (full key path or option), the value, what was expected and what to do. Line breaks in
-    it, which a hostile key or value can bring along, become spaces.
+    The message names the thing (full key path or option), the value, what was expected and what to do. Line breaks,
+    which a key or value may contain, become spaces.
     """
 
     def __str__(self) -> str:
@@ -23,7 +23,7 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """Says which valid name is nearest, and all of them when there are few.
+    """Suggests the nearest valid name; lists all names if none is near and there are at most 20.
 
     Args:
         name: The user's word.

@@ -1,4 +1,4 @@
-"""Writing files so that a full disk costs one line and no finished file."""
+"""Writes files so that a full disk gives a one-line error and destroys no finished file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["failed_write", "replace_file", "writing"]
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns a write that fails into one line. Use it around the write.
+    """Raises a one-line error if the write inside the `with` fails.
 
     Raises:
         UserError: The write failed.
@@ -27,7 +27,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
-    """Writes a file such that it is, whatever happens, either the new one or the one before.
+    """Writes a file. If that fails, the old file stays.
 
     Raises:
         UserError: The write failed.
@@ -44,7 +44,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 
 def failed_write(path: Path, error: OSError, folder: Path, origin: str = "") -> UserError:
-    """The complaint about a file that can't be written. The same command continues from `origin`, or begins again."""
+    """Returns the error for a file that can't be written. It tells the user to repeat the command."""
     reason = error.strerror or one_line(error)
     with contextlib.suppress(OSError):
         reason += f"; {shutil.disk_usage(folder).free / 1e6:.1f} MB free in {folder}"

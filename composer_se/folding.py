@@ -1,4 +1,4 @@
-"""Takes out blocks whose gates are constant: a constant gate is a scale of the layer in front of it."""
+"""Folds blocks with constant gates into the weights of their layers."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def fold_constant_gates(
 ) -> dict[str, nn.Module]:
     """Folds blocks with constant gates into the weights of their layers, in place.
 
-    The gates are what scales the maps: for a block with ``init="identity"`` they lie between 0 and 2. The other blocks
-    stay. A gate that depends on the image can be folded too, at its mean for instance; then the outputs change.
+    ``gates`` holds the factors of the maps, between 0 and 2 for a block with ``init="identity"``. Blocks of other
+    layers stay. You can also fold a gate that depends on the image, for instance at its mean; the outputs change then.
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
@@ -102,7 +102,7 @@ def _check(name: str, layer: nn.Module, gates: Tensor) -> None:
 
 @torch.no_grad()
 def _output_follows(layer: nn.Module, gates: Tensor) -> bool:
-    """Tries on random maps whether gates in the weight scale the output, as they would not if it were standardised."""
+    """Checks on random maps that scaling the weight scales the output. A layer that standardises its weight fails."""
     layer = copy.deepcopy(layer).cpu().double().eval()
     kernels = zip(getattr(layer, "kernel_size", (1,)), getattr(layer, "dilation", (1,)), strict=True)
     size = max(2 + dilation * (kernel - 1) for kernel, dilation in kernels)

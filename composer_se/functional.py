@@ -65,8 +65,8 @@ def apply_squeeze_excite(
 
     Raises:
         TypeError: If an argument has the wrong type, or the model is wrapped in DDP or FSDP.
-        ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv, no norm
-            follows a conv whose block goes after one, or an optimizer holds none of the model's parameters. The model
+        ValueError: If an argument is out of range, a pattern matches no conv, the model is itself a conv, ``placement``
+            is "norm" and no norm follows a chosen conv, or an optimizer holds none of the model's parameters. The model
             and the optimizers are as before.
 
     Example:

@@ -1,4 +1,4 @@
-"""One process of a launch, before anything heavy is imported: who speaks, and its share of the cores.
+"""One process of a launch, before torch is imported: its output, and its share of the cores.
 
 Imports nothing but the standard library, so that a command can refuse wrong input at once.
 """
@@ -56,7 +56,7 @@ def say(message: str) -> None:
 
 
 def leave_together(message: str) -> None:
-    """Reports what made this process give up, so that the user reads it once.
+    """Prints why this process ends, so that the user reads it once.
 
     All processes find the same fault. The launcher ends the others as soon as one has left, and shows their
     output only if they left by themselves; so the one whose output the user sees goes first. Another process that
@@ -70,9 +70,9 @@ def leave_together(message: str) -> None:
 
 
 def leave_interrupted(message: str) -> None:
-    """Says how an interrupted command goes on. A process whose output the user doesn't see ends here.
+    """Prints how an interrupted command continues. A process whose output the user doesn't see ends here.
 
-    It ends by the signal, not with an exit code: for a code the launcher would print all that the process ever said.
+    It ends by a signal, because after an exit code the launcher would print all output of the process.
     """
     if not is_local_rank_zero():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -82,7 +82,7 @@ def leave_interrupted(message: str) -> None:
 
 @contextlib.contextmanager
 def log_on_terminal() -> Iterator[None]:
-    """Shows our own log on the process the user watches, and hides warnings about what isn't the user's doing."""
+    """Shows our own log on the process the user watches, and hides two warnings that the user can ignore."""
     log = logging.getLogger("composer_se")
     propagate = log.propagate
     handler = logging.StreamHandler()
@@ -134,7 +134,7 @@ def keep_freed_memory() -> None:
     """Lets glibc keep the memory that tensors free for the next step, unless the user's environment sets `MALLOC_…`.
 
     By default large blocks go back to the system, which clears every page when they are asked for again. A training
-    step of a ResNet-50 at batch 16 takes 4.9 s with it and 5.0 to 6.8 s without, on two cores.
+    step of a ResNet-50 at batch 16 takes 4.9 s with this setting and 5.0 to 6.8 s without, on two cores.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

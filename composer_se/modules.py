@@ -1,10 +1,10 @@
-"""The Squeeze-and-Excitation block, and the conv whose output one scales.
+"""The Squeeze-and-Excitation block, and a conv whose output a block scales.
 
 Squeeze-and-Excitation Networks, Hu et al., https://arxiv.org/abs/1709.01507, section 3. Two things differ from the
 paper, as in Composer: the block follows single convs, not residual branches, and the hidden width may be absolute.
 
 Parameters have the names of Composer's built-in algorithm (``conv.weight``, ``se.pool_and_mlp.2.weight``,
-``se.pool_and_mlp.4.weight``), so that checkpoints, optimizer states and sharded checkpoints go both ways.
+``se.pool_and_mlp.4.weight``), so that each algorithm loads the checkpoints and optimizer states of the other.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SqueezeExcite2d(nn.Module):
 
     gate_limit = 1.0  # the gates lie between 0 and this
     __constants__ = ("gate_limit",)  # TorchScript sees no other attributes of a class
-    _has_moved = True  # whether gates that start at 1 may differ from it
+    _has_moved = True  # False while all gates may still be 1
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SqueezeExcite2d(nn.Module):
         if init == "identity":
             self.gate_limit, self._has_moved = 2.0, False
             nn.init.zeros_(expand.weight)
-            # In every state dict, so that weights of the one start don't load into a block of the other.
+            # Part of the state dict, so that weights of one ``init`` don't load into a block with the other.
             self.register_buffer("init_identity", torch.tensor(self.gate_limit, **factory))
 
     def forward(self, input: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class SqueezeExcite2d(nn.Module):
 
     @torch.jit.unused
     def is_identity(self) -> bool:
-        """Whether all gates are 1, of a block that starts so. Asked until it has moved: a GPU waits for the answer."""
+        """True while all gates of an identity block are still 1. Once they have moved, no check makes a GPU wait."""
         expand: Any = self.pool_and_mlp["4"]
         self._has_moved = self._has_moved or bool(expand.weight.any())
         return not self._has_moved
@@ -102,9 +102,9 @@ class SqueezeExciteConv2d(SqueezeExcited):
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of the conv's output channels in
             (0, 1). Default: ``0.125``.
         conv: The conv to wrap; the block takes its device, dtype and mode. Default: a new one, from the arguments.
-        followed_by_norm: Whether the output goes to a norm, which then takes the gates along while gradients are
-            recorded: SE has no pass over the maps and keeps no activation. The numbers are the same for every reader of
-            the output. `composer_se.apply_squeeze_excite` finds out by itself. Default: ``False``.
+        followed_by_norm: True if a norm follows. While gradients are recorded, the norm then applies the gates if it
+            can. In training, SE then adds no pass over the maps and keeps no activation. Any other reader of the output
+            gets the gated maps. `composer_se.apply_squeeze_excite` sets this argument. Default: ``False``.
         init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
         inplace: Not needed any more.
         **kwargs: Keyword arguments of `torch.nn.Conv2d`.

@@ -6,7 +6,7 @@ the variances ``q`` of the maps of the conv's output ``u``, batch norm with its 
     x = i (u - m) + β,      m = mean of p,  r = mean of q + (p - m)²     over the batch
     y = s x = s i (u - p) + s o,    o = i (p - m) + β                    the squeeze of x is o
 
-So the block costs no pass of its own and keeps no map: the norm's two passes see ``u``, all between them is arithmetic
+So the block needs no pass of its own and keeps no map: the norm's two passes read ``u``. The arithmetic between them is
 on numbers per map, under ordinary autograd.
 """
 
@@ -28,8 +28,8 @@ class SqueezeExciteNorm2d(SqueezeExcited):
     """A norm whose output is scaled by a Squeeze-and-Excitation block.
 
     Args:
-        norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. `torch.nn.BatchNorm2d` takes the gates
-            along while gradients are recorded; after other norms the block has passes of its own.
+        norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. While gradients are recorded,
+            `torch.nn.BatchNorm2d` applies the gates in its own passes. Other norms leave the gates to the block.
         num_features: Channels of the map.
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
@@ -75,7 +75,7 @@ class SqueezeExciteNorm2d(SqueezeExcited):
             y = norm(u)
             z = se.excite(y.mean((-2, -1)))
             return ops.gate_(y, z, se.gate_limit) if owned else ops.gate(y, z, se.gate_limit)
-        # PyTorch's norm as long as all gates are 1, for the same bits as before the surgery.
+        # While all gates are 1, PyTorch's norm gives the same bits as before the surgery.
         if owned and _takes_gates(norm, u) and not se.is_identity():
             return _batch_norm_and_gate(u, norm, se)
         return se(norm(u))
@@ -111,7 +111,7 @@ def _batch_norm_and_gate(u: Tensor, norm: Any, se: SqueezeExcite2d) -> Tensor:
 
 
 def _update_running_statistics(norm: nn.BatchNorm2d, m: Tensor, r: Tensor, count: int) -> None:
-    """What `torch.nn.BatchNorm2d` does in training mode, given means and variances of ``count`` numbers each."""
+    """Updates as `torch.nn.BatchNorm2d` does in training, from means and variances of ``count`` numbers each."""
     if norm.running_mean is None or norm.running_var is None or not norm.track_running_stats:
         return
     momentum = norm.momentum

@@ -7,8 +7,8 @@ Squeeze-and-Excitation (Hu et al., https://arxiv.org/abs/1709.01507, section 3) 
     s = sigmoid(z)                 gate, equation 3
     v = u * s                      scale, equation 4
 
-A norm that follows subtracts a mean of ``v`` and divides by a deviation. Both follow from numbers per map, with ``q``
-the population variance of every map of ``u``:
+A norm that follows subtracts a mean of ``v`` and divides by a standard deviation. Both follow from numbers per map,
+with ``q`` the population variance of every map of ``u``:
 
     mean of v      m = mean of s p
     variance of v  r = mean of s² q + (s p - m)²
@@ -41,17 +41,17 @@ __all__ += ["mean", "over_maps", "squeeze", "takes_norm", "takes_plain_formula",
 
 
 def takes_plain_formula(u: Tensor) -> bool:
-    """Whether ``u * sigmoid(z)`` has to be written with plain operators, which the surroundings take apart.
+    """True if ``u * sigmoid(z)`` must be computed with plain operators, for tracers, compilers and transforms.
 
     Tracers (`torch.fx`, TorchScript, `torch.export`, ONNX) record operators, `torch.compile` fuses them, `torch.func`
     and forward-mode differentiation transform them; none gains from a backward pass of our own. Tensor subclasses (fake
-    tensors, DTensors, proxies) bring rules for the plain operators only.
+    tensors, DTensors, proxies) have rules for the plain operators only.
     """
     return (
         type(u) is not Tensor
         or is_compiling()
         or torch.jit.is_tracing()
-        # torch has no public question for these two: in a transform of `torch.func` tensors look like plain ones, and a
+        # torch has no public test for these two: in a transform of `torch.func` tensors look like plain ones, and a
         # tangent may be on the weights alone.
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -61,8 +61,8 @@ def takes_plain_formula(u: Tensor) -> bool:
 def takes_norm(u: Tensor, *per_channel: Tensor | None) -> bool:
     """Whether a norm with these weights and statistics, (C,), can take the maps of ``u`` together with their gates.
 
-    Not in channels_last, which has no view as single maps. PyTorch's norm shall see what it refuses (some maps that are
-    empty or one pixel) or converts.
+    False for channels_last, which has no view as single maps, and for inputs that PyTorch's norm refuses (some maps
+    that are empty or one pixel) or converts.
     """
     dtypes = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
     numbers = [t for t in per_channel if t is not None]
@@ -78,7 +78,7 @@ def takes_norm(u: Tensor, *per_channel: Tensor | None) -> bool:
 
 
 def mean(u: Tensor) -> Tensor:
-    """The mean of every map of ``u`` (..., C, H, W): (..., C), in float64 or, for the precision of norms, float32."""
+    """The mean of every map of ``u`` (..., C, H, W): (..., C), in float64 if ``u`` is, else in float32."""
     return u.mean((-2, -1), dtype=torch.float64 if u.dtype == torch.float64 else torch.float32)
 
 
@@ -87,7 +87,8 @@ def variance(u: Tensor, p: Tensor) -> Tensor:
     if not u.is_cpu:
         return torch.var_mean(u.to(p.dtype), (2, 3), correction=0)[0]
     # On the CPU `var_mean` takes 10 to 50 times as long as a sum (pytorch issue 69525). A mean square less a squared
-    # mean loses digits where the mean is far above the deviation: those are read again, a question a GPU waits for.
+    # mean loses digits where the mean is far above the standard deviation, so such maps are read again. A GPU would
+    # have to wait for the check.
     mean_square = torch.linalg.vector_norm(u, 2, (2, 3), dtype=p.dtype).square_().div_(u.shape[2] * u.shape[3])
     q = torch.addcmul(mean_square, p, p, value=-1)
     imprecise = mean_square > 30 * q
@@ -99,8 +100,8 @@ def variance(u: Tensor, p: Tensor) -> Tensor:
 
 def affine(u: Tensor, p: Tensor | None, a: Tensor, b: Tensor | None) -> Tensor:
     """``a (u - p) + b`` for maps ``u`` (N, C, H, W) and numbers per map (N, C), in one pass; None is zero."""
-    # Batch norm's kernel in evaluation mode with variance 1 and eps 0. Its result is given its shape in place: a custom
-    # function's result that is a view can't be changed in place by `out += identity`.
+    # Batch norm's kernel in evaluation mode with variance 1 and eps 0. `resize_` sets the shape without a view: `out +=
+    # identity` can't change a view that a custom function returns.
     ones, a = a.new_ones(a.numel()), a.reshape(-1)
     p = torch.zeros_like(a) if p is None else p.reshape(-1)
     b = None if b is None else b.reshape(-1)
@@ -125,10 +126,11 @@ def over_maps(per_channel: Tensor) -> Tensor:
 
 
 class Link:
-    """What the backward pass of a norm with gates leaves to that of `squeeze`, which writes dL/du once for both."""
+    """Passes numbers from the backward pass of a norm with gates to that of `squeeze`, which writes dL/du once."""
 
-    a: Tensor | None = None  # factor (N, C) of the gradient that comes along; None where that is dL/du already
-    dq: Tensor | None = None  # dL/dq, where autograd does not bring it
+    a: Tensor | None = None  # factor (N, C) of the incoming gradient; None if that is dL/du already
+    dq: Tensor | None = None  # dL/dq, if autograd does not pass it
+    memory: Tensor | None = None  # a full-size tensor for dL/du, from maps without `affine`
 
 
 def squeeze(u: Tensor, link: Link, *, with_variance: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -148,6 +150,10 @@ class _Squeeze(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         (g, dp, dq), link, area = grads, ctx.link, ctx.shape[-2] * ctx.shape[-1]
+        if g is not None and link.memory is not None:
+            share = g.new_zeros(()) if dp is None else over_maps(dp / area).to(ctx.dtype)
+            memory, a, link.memory, link.a = link.memory, link.a, None, None
+            return torch.addcmul(share, g, over_maps(a), out=memory), None, None
         if g is not None and link.a is not None:
             u, p = ctx.saved_tensors
             return gradient_of_maps(g, u, p, link.a, dp, link.dq if dq is None else dq), None, None
@@ -165,7 +171,7 @@ def gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq:
     area = u.shape[2] * u.shape[3]
     if dq is None:
         return affine(g, None, a, dp / area)
-    # In one map's memory: page faults of a second one took 9 of 22 ms for 16×512×28×28 on a CPU.
+    # In one full-size tensor: page faults of a second took 9 of 22 ms for 16×512×28×28 on a CPU.
     return affine(u, p, dq * (2 / area), dp / area).addcmul_(g, over_maps(a.to(g.dtype)))
 
 
@@ -185,15 +191,23 @@ def gate_(u: Tensor, z: Tensor, limit: float) -> Tensor:
     return u.mul_(over_maps(gates(z, limit)))
 
 
-def gate_gradients(g: Tensor, u: Tensor, z: Tensor, limit: float, *, overwritten: bool) -> tuple[Tensor, Tensor]:
-    """The gradients of `gate` for ``u`` and ``z``; ``overwritten`` says that the product lies where ``u`` was."""
+def gate_gradients(
+    g: Tensor, u: Tensor, z: Tensor, limit: float, link: Link | None = None, *, overwritten: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `gate` for ``u`` and ``z``; ``overwritten`` is True if ``u`` holds the product.
+
+    With a ``link``, ``g`` in place of the first: `squeeze` multiplies it by the gates as it adds its own share.
+    """
     s, recorded = gates(z, limit), torch.is_grad_enabled()
     slope = s * (1 - s / limit)
     if overwritten:  # dL/dz = s (1 - s / limit) Σ g u = (1 - s / limit) Σ g v
         slope, u = 1 - s / limit, _Overwritten.apply(u, z, limit) if recorded else u  # pyright: ignore[reportAssignmentType]
     products = g * u
     dz = slope * products.sum((-2, -1))
-    # In the same memory, for the page faults; not where it is to be differentiated again.
+    if link is not None:
+        link.a, link.memory = s, products
+        return g, dz
+    # Reuses the memory, to avoid page faults, unless the result is to be differentiated again.
     return g * over_maps(s) if recorded else torch.mul(g, over_maps(s), out=products), dz
 
 
@@ -214,11 +228,11 @@ class _Overwritten(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation of (N, C, H, W), in the words of `torch.nn.functional`.
+    """A normalisation of (N, C, H, W), with arguments named as in `torch.nn.functional`.
 
     Attributes:
-        groups: In how many groups the channels of one image are normalised, or None for channels of the whole batch.
-        fixed: Whether the running statistics, (C,), stand in the place of the input's.
+        groups: Number of channel groups, each normalised within one image. None: each channel over the batch.
+        fixed: True if the running statistics, (C,), are used instead of the input's.
     """
 
     groups: int | None
@@ -248,8 +262,9 @@ class Norm:
 def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, limit: float, norm: Norm, link: Link | None) -> Tensor:
     """``norm(gate(u, z, limit))`` without the product; running statistics are updated unless they are fixed.
 
-    ``u`` is (N, C, H, W), with the means ``p`` and the logits ``z`` of the gates, (N, C). Once per map, ``through`` and
-    ``link`` are those of `squeeze`, which then writes the gradient of ``u``; after that they are ``u`` and None.
+    ``u`` is (N, C, H, W), with the means ``p`` and the logits ``z`` of the gates, (N, C). In the first call for a map,
+    ``through`` and ``link`` are those of `squeeze`, which then writes the gradient of ``u``. In later calls they are
+    ``u`` and None.
     """
     inputs = through, z, norm.weight, norm.bias, u, p, limit, norm, link
     return _GatedNorm.apply(*inputs)  # pyright: ignore[reportReturnType]
@@ -258,7 +273,7 @@ def gated_norm(through: Tensor, u: Tensor, p: Tensor, z: Tensor, limit: float, n
 class _GatedNorm(torch.autograd.Function):
     """Numbers per map have the shape (N, G, C/G); the statistics are means over the batch, or over a group.
 
-    Written out, because as forty recorded operators the arithmetic on them takes as long as small maps do.
+    The gradient is written out: forty recorded operators would take as long as the passes over small maps.
     """
 
     @staticmethod
@@ -337,8 +352,8 @@ def _recorded_gradients(
     norm: Norm, g: Tensor, inputs: tuple[Any, ...], limit: float, needed: tuple[bool, ...]
 ) -> tuple[Any, ...]:
     """The gradients of `gated_norm` by PyTorch's own formulas, which can be differentiated again."""
-    # Views, so that the gradient of u is not also taken through z. And of u, not of what `squeeze` returned for it: the
-    # gradient of this must not be scaled there again.
+    # Views, so that the gradient of u is not also taken through z. Views of u, not of what `squeeze` returned, whose
+    # backward pass must not scale the gradient again.
     views: list[Any] = [None if t is None else t.view_as(t) for t in inputs]
     y = replace(norm, weight=views[2], bias=views[3]).of(gate(views[0], views[1], limit))
     wanted = [t for t, is_needed in zip(views, needed, strict=True) if is_needed]

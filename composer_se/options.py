@@ -40,7 +40,7 @@ class SqueezeExciteOptions:
         include: Glob pattern, or several, over qualified module names: only convs that match one, or lie in a module
             that does, get a block. A conv's full name also admits a conv inside an existing SE block or on a 1×1 map.
             A leading ``module.`` of a name, which Composer's and torch's wrappers add, may be left out. Default: all.
-        exclude: Glob pattern, or several, of convs to pass over. Default: none.
+        exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: How a block starts. ``"default"``: the initialisation of `torch.nn.Linear`, for networks trained from
             scratch. Each gate starts at about one half. ``"identity"``: gates of 1, which leave the network as it is,
             for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last layer of the MLP

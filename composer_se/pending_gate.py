@@ -1,4 +1,4 @@
-"""A gated map whose product is not made yet, so that the norm that follows can take map and gates in one go.
+"""A gated map whose product is not computed yet, so that the norm that follows can apply the gates itself.
 
 A conv can't know who reads its output, so the output must be right for every reader. `PendingGate` looks like the gated
 map, but holds only ``u`` and the logits of its gates:
@@ -8,8 +8,8 @@ map, but holds only ``u`` and the logits of its gates:
   changes it.
 - Any other function called from Python (``__torch_function__``) gets the product, which is made once. From then on the
   norm gets that product too, since ``u`` is still needed.
-- What bypasses ``__torch_function__`` (custom autograd functions, full backward hooks, checkpointing, script modules)
-  meets an autograd node with the product's gradient, and ``__torch_dispatch__`` with the product's values.
+- Code that bypasses ``__torch_function__`` (custom autograd functions, full backward hooks, checkpointing, script
+  modules) gets the product's values from ``__torch_dispatch__`` and its gradient from an autograd node.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PendingGate(Tensor):
     """Looks like the gated map, holds no memory. Made by `pending_gate`."""
 
     own: _Map
-    product: Tensor | None = None  # once somebody asked for it
+    product: Tensor | None = None  # None until a reader needs it
     product_values: Tensor | None = None  # the same without a gradient, for `__torch_dispatch__`
 
     @classmethod
@@ -77,7 +77,7 @@ class _Pending(torch.autograd.Function):
     """The gradient of the product, without its memory."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, z: Tensor, own: _Map) -> Tensor:
+    def forward(ctx: Any, u: Tensor, through: Tensor, z: Tensor, own: _Map) -> Tensor:
         ctx.save_for_backward(u, z)
         ctx.own = own
         # The way to make a tensor without memory; torch's guide to subclasses shows no public one.
@@ -87,10 +87,12 @@ class _Pending(torch.autograd.Function):
         return pending
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         own = ctx.own
         u, z = (own.u, own.z) if own.overwritten else ctx.saved_tensors
-        return *ops.gate_gradients(grads[0], u, z, own.limit, overwritten=own.overwritten), None
+        link = own.link if ctx.needs_input_grad[1] and not torch.is_grad_enabled() else None
+        du, dz = ops.gate_gradients(grads[0], u, z, own.limit, link, overwritten=own.overwritten)
+        return (du, None, dz, None) if link is None else (None, du, dz, None)
 
 
 class _Made(torch.autograd.Function):
@@ -107,7 +109,7 @@ class _Made(torch.autograd.Function):
         return grads[0]
 
 
-# What the pending map and the product answer alike.
+# Attributes and methods with the same result for the pending map and the product.
 _GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf")
 _ABOUT_ITSELF = {Tensor.dim, Tensor.size, Tensor.numel, Tensor.is_floating_point, Tensor.__len__}
 _ABOUT_ITSELF |= {getattr(Tensor, name).__get__ for name in _GETTERS}
@@ -121,13 +123,13 @@ _KEEP_INPUT = {
 def pending_gate(
     u: Tensor, z: Tensor, limit: float, p: Tensor, through: Tensor, link: ops.Link, *, owned: bool, taken: bool | None
 ) -> Tensor:
-    """A tensor that is ``u * limit * sigmoid(z)`` to everyone; the arguments are those of `_Map`."""
+    """Returns a tensor that every reader sees as ``u * limit * sigmoid(z)``; the arguments are those of `_Map`."""
     own = _Map(u, z, limit, p, through, link, owned, taken)
-    return _Pending.apply(u, z, own)  # pyright: ignore[reportReturnType]
+    return _Pending.apply(u, through, z, own)  # pyright: ignore[reportReturnType]
 
 
 def _gated(t: Any) -> Any:
-    """The product in the place of a pending map; everything else as it is."""
+    """Returns the product of a pending map, and anything else as it is."""
     if not isinstance(t, PendingGate):
         return t
     if t.product is None:
@@ -137,7 +139,7 @@ def _gated(t: Any) -> Any:
 
 
 def _gated_values(t: Any) -> Any:
-    """The same for those who have the gradient already."""
+    """Returns the product of a pending map without a gradient, and anything else as it is."""
     if not isinstance(t, PendingGate):
         return t
     if t.product is not None:
@@ -172,9 +174,9 @@ def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tenso
         norm = ops.Norm(given["num_groups"], given["eps"], *scale)
     can_take = norm is not None and _can_take(norm, own)
     if own.taken is None:
-        # Decided once: under activation checkpointing the norm is called again, and must find what it found before.
+        # Decided once: under activation checkpointing the norm is called again and must do the same.
         own.taken = can_take and pending.product is None
-    # The norm must see a product that was changed in place. Only the version counter tells.
+    # The norm must see a product that was changed in place. Only its version counter shows the change.
     if norm is not None and can_take and own.taken and (pending.product is None or pending.product._version == 0):
         through, link, own.through, own.link = own.through, own.link, own.u, None
         return ops.gated_norm(through, own.u, own.p, own.z, own.limit, norm, link)

@@ -31,8 +31,8 @@ class ConvPlan:
         added_parameters: Weights of the new block.
         added_multiply_adds: Multiply-adds of the new block's two matrix products, for one image, as
             `composer-se cost` counts them. Squeeze and scaling are memory-bound.
-        num_convs: The number of convs in this entry: more than one only in `Plan.grouped`. The other numbers are those
-            of each.
+        num_convs: The number of convs in this entry: more than one only in `Plan.grouped`. The other numbers are per
+            conv.
     """
 
     name: str
@@ -167,8 +167,8 @@ def plan(
 ) -> Plan:
     """Predicts `composer_se.apply_squeeze_excite` with the same arguments. Changes nothing.
 
-    Both go through the same selection. The sizes of the maps come from a forward pass of shapes on the meta device: no
-    arithmetic, no memory.
+    Both functions use the same selection. The sizes of the maps come from a forward pass of shapes on the meta device:
+    no arithmetic, no memory.
 
     Args:
         model: The model, not wrapped in DDP or FSDP.

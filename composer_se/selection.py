@@ -41,7 +41,7 @@ class ConvChoice:
         reason: The reason, in a few words.
         latent_channels: Hidden width of the block it has or gets; 0 for none.
         norm: The norm that follows it, if one does.
-        too_narrow: True if only its number of channels is in the way.
+        too_narrow: True if it gets no block only because it has too few channels.
     """
 
     name: str
@@ -79,7 +79,7 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     Args:
         model: The model.
-        options: They say which convs get a block.
+        options: The options that choose the convs.
 
     Returns:
         The choice for every `torch.nn.Conv2d`.
@@ -115,7 +115,7 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     reasons = {conv: why_not(conv) for conv in names}
     if options.min_channels == "auto":
-        # With those that have a block, so that the threshold does not sink when the same call is made again.
+        # Includes convs that have a block, so that a second call with the same options has the same threshold.
         largest = max((count(conv) for conv, reason in reasons.items() if reason in (None, HAS_SE)), default=1)
         threshold = min(RECOMMENDED_MIN_CHANNELS, largest)
     else:
@@ -192,7 +192,7 @@ def _check_norms(choices: Sequence[ConvChoice]) -> None:
 
 
 def _is_channels_last(norm: nn.Module) -> bool:
-    """Says that a norm takes (N, H, W, C), as ConvNeXt's do: a block after it would take rows for channels."""
+    """True if a norm takes (N, H, W, C), as ConvNeXt's do: a block after it would take rows for channels."""
     # Both LayerNorm2d, timm's and torchvision's, take (N, C, H, W).
     of_channels = isinstance(norm, nn.LayerNorm) and len(norm.normalized_shape) == 1
     return of_channels and "2d" not in type(norm).__name__
@@ -239,14 +239,14 @@ def is_norm(module: nn.Module) -> bool:
     """Recognises a normalisation layer: one of torch's, or one with "Norm" in the name of its class.
 
     Such a layer keeps its input for backward and does not change it. In-place activated batch norm (``InPlaceABN``)
-    changes its input; the rule leaves it out.
+    changes its input and does not count.
     """
     named_like_one = "Norm" in type(module).__name__ and not isinstance(module, SqueezeExcited)
     return named_like_one or isinstance(module, _NORMS)
 
 
 def following_norms(model: nn.Module) -> dict[nn.Module, nn.Module]:
-    """The norm after each module that has one after it in every parent, by order of registration."""
+    """Maps each module to the norm registered next after it, if a norm comes next in every parent of the module."""
     successors: dict[nn.Module, list[nn.Module | None]] = {}
     for parent in model.modules():
         children = [child for child in parent._modules.values() if child is not None]

@@ -44,7 +44,7 @@ def replace_module_classes(
 
     Args:
         module: The model. It can't itself be replaced.
-        policies: Replacement functions by module class, subclasses included. The first that returns a module wins.
+        policies: Replacement functions by module class, subclasses included. The first module that one returns is used.
         optimizers: Optimizers that hold the model's parameters. Parameters of replaced modules are replaced in them
             too, as `update_params_in_optimizer` does it. Default: none.
         recurse_on_replacements: True asks the policies about replacements and their children too. A policy that always
@@ -113,7 +113,7 @@ def update_params_in_optimizer(
 def limit_optimizers(
     model: nn.Module, trained: Container[Parameter], optimizers: Optimizer | Sequence[Optimizer]
 ) -> None:
-    """Makes optimizers hold those parameters of a model that train, and no others.
+    """Removes a model's frozen parameters from optimizers, and adds the trained ones that are missing.
 
     Optimizers drop the parameters that don't train, together with their state. A trained parameter that no optimizer
     holds joins the first group of the first optimizer.
@@ -131,7 +131,7 @@ def limit_optimizers(
 
 
 def check_optimizers(model: nn.Module, optimizers: Optimizer | Sequence[Optimizer] | None) -> None:
-    """Checks that optimizers are those of a model. One that holds nothing any more is accepted.
+    """Checks that each optimizer holds a parameter of the model, or no parameter at all.
 
     Raises:
         TypeError: If one is no optimizer.
@@ -189,9 +189,9 @@ def _first_replacement(
 
 
 def _put_in_place(root: nn.Module, replacements: Mapping[Any, nn.Module], replaced_again: bool) -> None:
-    """Puts replacements where the modules stood, also inside of other replacements, which take modules over.
+    """Puts replacements in the place of the modules, also inside other replacements.
 
-    Inside of its own replacement a module stays: that wraps it.
+    A module stays inside its own replacement, which wraps it.
     """
     for parent in root.modules():  # goes on to the children when this is done with the parent
         for name, child in list(parent._modules.items()):
@@ -218,7 +218,7 @@ def _update_optimizers(
     optimizers: Sequence[Optimizer],
     in_use: Container[Parameter] | None = None,
 ) -> None:
-    """Makes the swaps in turn; ``in_use`` are the parameters of the changed model, None where the swaps say it all."""
+    """Makes the swaps in turn. If ``in_use`` is given, its parameters are not removed and no others are added."""
     if not optimizers:
         return
     homes = {

@@ -156,7 +156,7 @@ def _set_frozen(norm: nn.Module, frozen: bool, training: bool) -> None:
 
 
 def _stay_in_evaluation(norm: nn.Module, mode: bool = True) -> nn.Module:
-    """Takes the place of the ``train`` of a frozen norm. Its children, such as an activation, take the mode."""
+    """Replaces the method ``train`` of a frozen norm. The norm's children, such as an activation, get the mode."""
     type(norm).train(norm, mode)
     norm.training = False
     return norm

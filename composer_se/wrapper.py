@@ -81,9 +81,9 @@ def mark_as_squeeze_excited(conv: nn.Module, marked: bool = True) -> None:
 def is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
     """Whether calling ``module`` runs these methods of its class and nothing more: nobody else can hold the result.
 
-    Hooks on the backward pass, too, hold a view of it. Parametrised modules are plain in this respect.
+    Hooks on the backward pass also hold a view of the result. Parametrised modules are plain in this respect.
     """
-    # torch has no public question for hooks, be they a module's or those of all modules.
+    # torch has no public test for hooks, of one module or of all modules.
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     hooks = hooks or _module._global_forward_hooks or _module._global_forward_pre_hooks
     hooks = hooks or _module._global_backward_hooks or _module._global_backward_pre_hooks

@@ -90,6 +90,14 @@ def test_ours_takes_6_full_size_passes_with_a_norm():
     assert added_passes(wrapper, with_norm=True) == 2 + 2 + 5 - 3
 
 
+def test_ours_takes_9_full_size_passes_where_the_norm_cannot_take_the_gates():
+    wrapper = SqueezeExciteConv2d(2, 4, 3, latent_channels=3, followed_by_norm=True)
+    wrapper.conv.weight.data = wrapper.conv.weight.data.contiguous(memory_format=torch.channels_last)
+    # Forward: a read for the mean, the product in place. Backward: a product and its sum, 3 + 1, for the gradient of
+    # the gates, then one pass that scales the gradient and adds the share of the mean, in the memory of the product.
+    assert added_passes(wrapper, torch.channels_last, with_norm=True) == 1 + 2 + 4 + 2
+
+
 def test_ours_takes_fewer_full_size_passes_than_the_built_in_without_a_norm():
     assert added_passes(SqueezeExciteConv2d(2, 4, 3, latent_channels=3)) < 13
 

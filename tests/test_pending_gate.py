@@ -243,6 +243,27 @@ def test_every_norm_is_that_of_the_plain_formula(kind, shape) -> None:
     )
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+@pytest.mark.parametrize("use", ["norm", "two readers"])
+def test_gradients_asked_for_in_parts_again_and_recorded_are_those_of_the_plain_formula(use, memory_format) -> None:
+    def gradients(conv_class: type[SqueezeExciteConv2d]) -> list[Tensor]:
+        torch.manual_seed(0)
+        conv = conv_class(3, CHANNELS, 3, latent_channels=4, followed_by_norm=True)
+        network = nn.ModuleList([conv, NORMS["batch"]()]).double().to(memory_format=memory_format)  # pyright: ignore[reportCallIssue]
+        x = torch.randn(4, 3, 9, 9, dtype=torch.float64).contiguous(memory_format=memory_format)
+        loss = USES[use](*network, x).pow(3).sum()
+        se, everything = list(conv.se.parameters()), list(network.parameters())
+        found: list[Tensor] = []
+        for wanted in (se, everything, se, everything):
+            found += torch.autograd.grad(loss, wanted, retain_graph=True)
+        recorded = torch.autograd.grad(loss, everything, create_graph=True)
+        found += torch.autograd.grad(sum(g.square().sum() for g in recorded), everything, retain_graph=True)
+        return found + list(torch.autograd.grad(loss, everything))
+
+    for mine, plain in zip(gradients(SqueezeExciteConv2d), gradients(PlainConv2d), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("frozen", ["conv", "se", "conv and se", "norm"])
 def test_frozen_parts_get_no_gradient_and_the_others_theirs(frozen) -> None:
     def freeze(module: nn.Module) -> None:

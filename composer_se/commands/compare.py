@@ -1,7 +1,7 @@
 """Trains a recipe with and without SE, or any arms, with the same seeds, and says whether the difference is real.
 
 With the same seed, all arms see the same data in the same order, and the parameters that they have in common start with
-the same values. The same command continues what was interrupted. On several processes:
+the same values. The same command continues an interrupted comparison. On several processes:
 composer -n N -m composer_se.cli compare RECIPE.
 """
 
@@ -57,10 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs what is left of the comparison, prints the table and writes table, picture and data.
+    """Runs or continues the comparison, or its pilot, and prints and writes the results.
 
     Returns:
-        0, or 130 or 143 when it was interrupted.
+        0 when it is complete, 130 or 143 when it was interrupted.
     """
     comparison = _comparison(args)
     launch.share_cores()  # before torch is imported

@@ -1,8 +1,8 @@
 """Measures the cost of Squeeze-and-Excitation on a network and this machine.
 
-A row for the plain network and one for each --min-channels: SE layers, parameters, multiply-adds, bytes saved for
-backward, full-size passes, the time of a training step and of inference, each also as a ratio to the plain network,
-with what the run could resolve. With --layers, what SE adds to each different layer alone.
+Prints a row for the plain network and one for each --min-channels: SE layers, parameters, multiply-adds, bytes saved
+for backward, full-size passes, and the time of a training step and of inference. The rows also have ratios to the plain
+network, those of times with their noise. --layers also prints what SE adds to each different layer alone.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables, writes the files asked for."""
+    """Measures the cost, prints the tables, and writes the files that the user asked for."""
     from matplotlib.backend_bases import FigureCanvasBase
     from rich.console import Console
 
@@ -140,7 +140,7 @@ def _settings(args: argparse.Namespace, network: NamedNetwork) -> Settings:
 
 
 def _check_file(option: str, path: Path | None) -> None:
-    """Raises the error now and not after the measurement."""
+    """Raises an error now, and not after the measurement, if the file can't be written."""
     if path is None:
         return
     is_new = not os.path.lexists(path)

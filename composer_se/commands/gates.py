@@ -1,7 +1,7 @@
-"""Shows the gates of a trained network on held-out images, by class and by layer, and the layers that need them.
+"""Shows the gates of a trained network on held-out images, by class and by layer, and which layers need their gates.
 
 Prints a table, and writes gates.png and gates.json into the run's folder (or --out). Fixes the gates of one layer at a
-time at their means over the images. The accuracy lost is the worth of the layer's look at the image.
+time at their means over the images, and measures the accuracy that the network loses.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Analyses, prints the table, writes picture and numbers, and writes the run's report again."""
+    """Analyses the gates, prints the table, writes picture and numbers, and writes the run's report again."""
     from rich.console import Console
 
     from composer_se.commands.trained_network import load_trained

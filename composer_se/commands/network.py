@@ -1,4 +1,4 @@
-"""Reads the network from a command line: a registered name, a recipe, or a function of the user's."""
+"""Finds the network that a command line names: by a registered name, a recipe, or a function of the user."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class NamedNetwork:
     """A network that the user named."""
 
     name: str  # as the user wrote it
-    build: Callable[[], nn.Module]  # makes the plain network on the CPU, with the same weights at every call
-    squeeze_excite: SqueezeExciteOptions | None = None  # the recipe's
+    build: Callable[[], nn.Module]  # builds the plain network on the CPU, with the same weights at every call
+    squeeze_excite: SqueezeExciteOptions | None = None  # the recipe's options
     image_size: int | None = None  # height and width in pixels of the recipe's images
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the three ways to name a network. The user takes one."""
+    """Adds the three arguments that name a network. The user gives one of them."""
     group = parser.add_argument_group("the network (one of)")
     group.add_argument(
         "factory",
@@ -45,8 +45,8 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
     """Finds the network that the arguments name, and does not build it yet.
 
     Raises:
-        UserError: None or several are named, or what is named does not exist. `build` raises it where the network
-            cannot be made.
+        UserError: The arguments name no network, several networks, or one that does not exist. `build` raises a
+            `UserError` if the network can't be built.
     """
     named = {"package.module:factory": args.factory, "--model": args.model, "--recipe": args.recipe}
     given = [option for option, value in named.items() if value is not None]

@@ -28,7 +28,7 @@ __all__ = [
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, changes: str) -> None:
-    """Adds a recipe and its overrides, which may also stand among the options; see `composer_se.cli.parse`."""
+    """Adds a recipe and its overrides. `composer_se.cli.parse` also finds overrides among the options."""
     parser.add_argument("recipe", metavar="RECIPE", help="path of a YAML file, or name of a shipped recipe")
     parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=f"change {changes}")
 
@@ -39,7 +39,7 @@ def add_device_argument(parser: Any) -> None:
 
 
 def read_device(args: argparse.Namespace) -> torch.device:
-    """The device named, or the GPU where there is one.
+    """The device of `--device`. By default the GPU if there is one, else the CPU.
 
     Raises:
         UserError: Torch does not know the device, or can't compute on it here.
@@ -77,15 +77,15 @@ def add_squeeze_excite_arguments(parser: Any) -> None:
 def read_squeeze_excite(
     args: argparse.Namespace, recipe: SqueezeExciteOptions | None, **others: Any
 ) -> SqueezeExciteOptions:
-    """The recipe's options, or the defaults, with those that were given on the command line.
+    """The recipe's options or the defaults, replaced by those of the command line.
 
     Args:
-        args: As parsed by `add_squeeze_excite_arguments`.
+        args: The parsed arguments, with those of `add_squeeze_excite_arguments`.
         recipe: The recipe's options, if there are any.
-        others: Further options of the command, None where they were not given.
+        others: Further options of the command; None where the user did not give them.
 
     Raises:
-        UserError: A value is neither a width nor a share.
+        UserError: `--latent-channels` is neither a width nor a share.
     """
     from composer_se.options import SqueezeExciteOptions
 
@@ -101,7 +101,7 @@ def read_min_channels(text: str) -> int | str:
     """Reads one value of --min-channels.
 
     Raises:
-        UserError: It is neither a whole number from 1 on nor "auto".
+        UserError: The value is neither a whole number from 1 on nor "auto".
     """
     return _read_number("--min-channels", text, "min_channels")
 
@@ -117,7 +117,7 @@ def _read_number(argument: str, text: str, option: str) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    """A number where the text is one."""
+    """The text as a number, or stripped if it is not a number."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -128,7 +128,7 @@ def _number(text: str) -> int | float | str:
 
 @contextmanager
 def writing(option: str, path: Path) -> Iterator[None]:
-    """Turns a failed write to the path that an option names into one line."""
+    """Turns a failed write into a `UserError` that names the option and its path."""
     try:
         yield
     except OSError as error:

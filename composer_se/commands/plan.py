@@ -1,6 +1,6 @@
 """Shows the convs of a network that would get Squeeze-and-Excitation, and the added cost. Changes and trains nothing.
 
-Equal convs whose names differ only in numbers share a row. Its numbers are those of each conv.
+Equal convs whose names differ only in numbers share a row. The row shows the numbers of one conv.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the plan, or writes it as JSON."""
+    """Prints the plan as a table, writes it as JSON, or both."""
     from rich.console import Console
 
     from composer_se.planning import plan
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _as_dict(planned: Plan) -> dict[str, Any]:
-    """Totals, notes and one object per conv."""
+    """The options, the totals, the notes and one object per conv."""
     totals = (
         *("threshold", "image_size", "parameters", "added_parameters"),
         *("multiply_adds", "added_multiply_adds", "gated_share", "notes"),

@@ -1,6 +1,6 @@
-"""Writes a run's report.html again, with the files that were added to its folder.
+"""Writes a run's report.html again, with the results that were added to the run's folder.
 
-These are the results of `composer-se gates` and of `composer-se cost --json RUN/cost.json`.
+Reads the results of `composer-se gates` and of `composer-se cost --json RUN/cost.json`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Takes out the blocks of a trained network that it can do without, and writes the network that is left.
+"""Removes the blocks that a trained network can do without, and writes the remaining network.
 
-Splits the held-out images into two halves, always in the same way. On the first half it takes the mean of every gate,
-then fixes the gates of one block after the other at their means, the least costly first: the one that adds least to the
-cross entropy, given those fixed before. A fixed gate is a scale. It is multiplied into the layer, and the block is
-removed. As few blocks as possible stay while the accuracy on the first half drops by at most the tolerance. The second
-half decides nothing: on it the accuracy before and after is reported. The run itself is not touched.
+Splits the held-out images into two halves, always in the same way. On the first half, computes the mean of every gate
+and fixes the gates of one block after the other at their means. The next block is the one that adds least to the cross
+entropy. Fixed gates are a constant scale: slim multiplies them into the layer and removes the block. It removes as many
+blocks as possible while the accuracy on the first half drops by at most the tolerance. The second half decides nothing;
+it gives the accuracies before and after. The run itself is not changed.
 """
 
 from __future__ import annotations
@@ -39,17 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Finds the blocks, writes weights, recipe, numbers and picture, and prints what was gained.
-
-    Args:
-        args: As parsed by `add_arguments`.
-
-    Returns:
-        0.
+    """Removes the blocks, writes weights, recipe, numbers and picture, and prints the results.
 
     Raises:
-        UserError: The tolerance is not a finite number of at least 0. Or the run, its checkpoint or the data can't be
-            loaded. Nothing was written.
+        UserError: An argument is wrong, the recipe has no SE, the run, its checkpoint or the data can't be loaded, or a
+            file can't be written.
     """
     tolerance = args.tolerance
     if not 0 <= tolerance < math.inf:
@@ -77,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
             f"{args.source}: the recipe has no algorithms.squeeze_excite, so the network brings its blocks along; "
             "take them out with composer_se.fold_constant_gates"
         )
-    machine = describe_machine(device)  # with the load before we put our own on it
+    machine = describe_machine(device)  # before our measurement adds to the load
     (deciding, num_deciding), (reporting, num_reporting) = halves(trained.batches)
     with progress_bar(in_lines=True) as progress:
         progress("averaging the gates", 0, 0)

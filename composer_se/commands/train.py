@@ -1,4 +1,4 @@
-"""Train a recipe in this process. For several processes: composer -n N -m composer_se.train RECIPE."""
+"""Trains a recipe in this process. For several processes: composer -n N -m composer_se.train RECIPE."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
-    """Trains a recipe, in this process and its siblings under the launcher, prints its summary and writes its report.
+    """Trains a recipe, prints its summary and writes its report. Under the launcher, every process calls it.
 
-    A run that was killed continues from its last checkpoint. A run that is complete is left alone: its summary is
-    shown again.
+    A run that was killed continues from its last checkpoint. A complete run is not trained again; its summary is
+    printed again.
 
     Args:
         recipe: The path of a YAML file, or the name of a shipped recipe.
@@ -43,7 +43,7 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
 
     Raises:
         UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
-            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
+            damaged. Or a file could not be written; the next call continues the run.
     """
     from composer_se.recipe.load import load_recipe
 
@@ -84,7 +84,7 @@ def _train_and_show(recipe: Recipe) -> None:
 
 
 def write_run_report(run_folder: Path) -> None:
-    """Writes a complete run's report. A fault in it must not make the run look like one that failed."""
+    """Writes a complete run's report. An error only logs a warning, so that the run does not look failed."""
     from composer_se.report.write import write_report
 
     try:

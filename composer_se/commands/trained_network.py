@@ -40,7 +40,7 @@ class Trained:
         batches: Yields (images, labels).
         data: Name of the data set.
         classes: Names of the classes, or None where only their numbers are known.
-        checkpoint: Where the weights come from.
+        checkpoint: The file of the weights.
         run_folder: The run's folder, or None for a checkpoint outside of one.
         recipe: The recipe of the run.
     """
@@ -59,15 +59,15 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     """Loads a run's last checkpoint, or a given one, into the network of its recipe.
 
     Args:
-        source: A run's folder, one that `composer-se slim` wrote, or a file of either: a checkpoint or weights. The
-            recipe of a file is `recipe.yaml` in its folder or the one above.
+        source: A run's folder, a folder that `composer-se slim` wrote, or a file of a checkpoint or of weights. The
+            recipe of a file is `recipe.yaml` in its folder or in the folder above.
         recipe_name: The recipe of a checkpoint outside of a run's folder: a path, or a shipped recipe's name.
         data: `NAME`, `NAME:ROOT` or `package.module:name` of the data set whose held-out images are taken. None: the
             recipe's `eval_dataset`.
-        device: Where the network goes.
+        device: The device of the network.
 
     Raises:
-        UserError: Something is missing, does not fit together, or the network has no SE layers.
+        UserError: A file is missing or damaged, the checkpoint does not fit, or the network has no SE layers.
     """
     run_folder = _run_folder(source)
     if recipe_name is None and run_folder is None:
@@ -76,11 +76,11 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     checkpoint = source if source.is_file() else _last_checkpoint(source, recipe)
     check_whole(checkpoint)
     classes = read_classes(run_folder) if run_folder and recipe_name is None else None
-    known = len(classes) if classes else None  # of a run from before classes.json: the network's default
+    known = len(classes) if classes else None  # None for a run without classes.json: the network's default
     outputs = known if recipe_name is None else count_classes(recipe)
     section = _held_out(recipe, data)
     held_out = plan_data("eval_dataset", section)
-    model = plan_model(with_num_classes(without_weights(recipe.model), outputs))  # the checkpoint brings its weights
+    model = plan_model(with_num_classes(without_weights(recipe.model), outputs))  # the weights come from the checkpoint
     algorithms = build_algorithms(plan_section("algorithms", recipe.algorithms))
     split: Split = held_out.images.build(train=False)
     network = _load(model, algorithms, split, checkpoint, device)
@@ -102,7 +102,7 @@ def _run_folder(source: Path) -> Path | None:
 
 
 def _last_checkpoint(run_folder: Path, recipe: Recipe) -> Path:
-    # First where the run is now, then where it was when it was trained.
+    # First in the folder where the run is now, then in the folder where it was trained.
     paths = (run_folder / "checkpoints" / LATEST, run_folder / WEIGHTS, Path(recipe.save_folder) / LATEST)
     checkpoint = next((path for path in paths if os.path.lexists(path)), None)
     if checkpoint is None:

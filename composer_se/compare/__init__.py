@@ -1,1 +1,1 @@
-"""The instrument behind `composer-se compare`: does SE pay on a recipe?"""
+"""The code of `composer-se compare`: does SE pay on a recipe?"""

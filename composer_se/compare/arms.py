@@ -18,26 +18,26 @@ __all__ = ["Arm", "Comparison", "checking", "default_arms", "lengthened", "run_r
 
 @dataclass(frozen=True)
 class Arm:
-    """One of the things compared: its name, and `dotted.key=value` strings on top of what all arms share."""
+    """A variant of the recipe: its name, and its `dotted.key=value` strings besides those of all arms."""
 
     name: str
     overrides: tuple[str, ...]
 
     @property
     def slug(self) -> str:
-        """The name as part of a folder's."""
+        """The name in lower case, with hyphens for signs and spaces, for folder names."""
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The question: a recipe, its arms, and how often each is trained."""
+    """A recipe, its arms, and the number of runs of each arm."""
 
     recipe: str  # the path of a YAML file, or the name of a shipped recipe
     overrides: tuple[str, ...]  # for all arms
     arms: tuple[Arm, ...]  # two or more
-    num_seeds: int  # runs of every arm: seeds count up from the recipe's
-    folder: Path  # where everything goes
+    num_seeds: int  # runs of every arm, with seeds that count up from the recipe's
+    folder: Path  # for all files
 
     @property
     def reference(self) -> Arm:
@@ -46,7 +46,7 @@ class Comparison:
 
 
 def default_arms(recipe: str, overrides: Sequence[str]) -> tuple[Arm, Arm]:
-    """The recipe without SE, and as written; a recipe without SE gets the recommended setting."""
+    """The recipe without SE and as written. If it has no SE, the second arm adds the recommended setting."""
     has_se = (load_recipe(recipe, overrides).algorithms or {}).get("squeeze_excite") is not None
     recommended = "algorithms.squeeze_excite={latent_channels: 64, min_channels: auto}"
     return Arm("plain", ("algorithms.squeeze_excite=null",)), Arm("with SE", () if has_se else (recommended,))
@@ -54,7 +54,7 @@ def default_arms(recipe: str, overrides: Sequence[str]) -> tuple[Arm, Arm]:
 
 @contextmanager
 def checking(arm: str) -> Iterator[None]:
-    """Names the arm in complaints about it."""
+    """Adds the name of the arm to a `UserError`."""
     try:
         yield
     except UserError as error:
@@ -62,16 +62,16 @@ def checking(arm: str) -> Iterator[None]:
 
 
 def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
-    """The recipe of every arm's run with one of the seeds, by the arm's name; 0 is the recipe's own seed.
+    """The recipes of the runs with one seed, by the arm's name. Index 0 is the recipe's own seed.
 
-    The run's folder is `FOLDER/runs/ARM-seedN`.
+    A run's folder is `FOLDER/runs/ARM-seedN`.
 
     Raises:
-        UserError: A recipe is wrong, or an arm sets a key of the comparison's own, or has nothing to be evaluated on.
+        UserError: A recipe is wrong or has no `eval_dataset`, or an arm sets a key that the comparison sets itself.
     """
     reserved = keys("set")  # the comparison sets these keys itself, so that each run has its own
     _refuse(comparison.overrides, [key for key in reserved if key != "seed"])
-    seed = _seed(comparison, seed_index)  # what is wrong in all arms is no arm's fault
+    seed = _seed(comparison, seed_index)  # an error of the recipe itself must name no arm
     recipes: dict[str, Recipe] = {}
     for arm in comparison.arms:
         with checking(arm.name):
@@ -90,7 +90,7 @@ def _refuse(overrides: Sequence[str], reserved: Sequence[str]) -> None:
 
 
 def _check_comparable(recipe: Recipe, base: Recipe, reference: str) -> None:
-    """Accuracies are comparable at equal epochs if these keys are the same in all arms."""
+    """Refuses an arm whose accuracy can't be compared with the reference's at equal epochs."""
     counts_batches = str(base.max_duration).endswith("ba") or base.train_subset_num_batches != -1
     for key in (*keys("same"), "train_batch_size") if counts_batches else keys("same"):
         ours, theirs = getattr(recipe, key), getattr(base, key)
@@ -102,7 +102,7 @@ def _check_comparable(recipe: Recipe, base: Recipe, reference: str) -> None:
 
 
 def lengthened(comparison: Comparison, seed_index: int, batches_before: int, batches: int) -> Recipe:
-    """A run of the reference with another number of steps than before, its schedule stretched to fit."""
+    """The recipe of a reference run with another number of steps, its schedule stretched to fit."""
     reference = comparison.reference
     name = f"{reference.slug}-{batches}ba"
     seed = _seed(comparison, seed_index)
@@ -120,7 +120,7 @@ def _seed(comparison: Comparison, seed_index: int) -> int:
 
 
 def _placed(comparison: Comparison, arm: Arm, name: str, seed: int, *overrides: str) -> Recipe:
-    """An arm's recipe with a seed and a folder of its own, which `${run_folder}` and the like refer to."""
+    """An arm's recipe with its own seed and folder. `${run_folder}` in the recipe refers to this folder."""
     overrides = (*comparison.overrides, *arm.overrides, *overrides)
     run_name = f"{name}-seed{seed}"
     run_folder = str(comparison.folder / "runs" / run_name)

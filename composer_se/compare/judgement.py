@@ -1,4 +1,4 @@
-"""Judges each arm by the findings, in numbers and in a plain sentence."""
+"""Compares each arm with the reference, in numbers and in a sentence."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ __all__ = ["Judgement", "judge", "judge_pilot", "seeds_needed"]
 
 @dataclass(frozen=True)
 class Judgement:
-    """One arm beside the reference. Accuracies are shares, differences those of shares, ratios over the reference's."""
+    """An arm compared with the reference. Accuracies and differences are shares; times are ratios to the reference."""
 
     arm: str
     accuracies: tuple[float, ...]  # at the end, per seed
-    equal_epochs: Interval | None  # how much more accurate it is than the reference, which has None itself
-    equal_time: Interval | None  # the same for a reference that is trained for as long as this arm
-    # The most accurate of the other arms that are not shown to be slower in inference, and the difference to it.
+    equal_epochs: Interval | None  # its accuracy minus the reference's; None for the reference
+    equal_time: Interval | None  # the same, with the reference trained for as long as this arm
+    # The most accurate of the other arms that are not shown to be slower in inference, and the difference from it.
     beside_best_no_slower: tuple[str, Interval] | None
     step_time: Interval
     latency: Interval
     parameters: int
     se_layers: int
-    sentence: str  # what the evidence decides
+    sentence: str  # what the seeds show, in words
 
 
 def judge(comparison: Comparison, findings: Findings) -> list[Judgement]:
@@ -62,7 +62,7 @@ def _judge(arm: str, comparison: Comparison, findings: Findings) -> Judgement:
 
 
 def _reference_at_time_of(arm: str, reference: str, findings: Findings) -> list[float]:
-    """Per seed, what the reference reaches in the time that the arm's training takes."""
+    """The reference's accuracy per seed if it is trained for as long as the arm."""
     seconds = findings.training_seconds(arm)
     seconds_per_step = mean(findings.speeds[reference].step)
     lengths = [
@@ -99,21 +99,21 @@ def _verdict(difference: Interval, reference: str) -> str:
 
 
 def _is_shown(difference: Interval) -> bool:
-    """Says whether the seeds show a difference.
+    """True if the seeds show a difference.
 
-    Seeds whose differences agree to the digit do not: accuracies come in whole images, and two seeds of two equal
-    arms differ by the same number of them in 7 % of cases.
+    Equal differences in all seeds do not show one: accuracies count whole images, so that two seeds of two equal arms
+    can differ by the same number of images by chance.
     """
     return difference.excludes(0) and not _is_tie(difference)
 
 
 def _is_tie(difference: Interval) -> bool:
-    """Says whether all seeds agree, up to rounding."""
+    """True if the difference is the same in all seeds, up to rounding."""
     return difference.half_width < 1e-9
 
 
 def _advice(differences: Mapping[str, Interval], seeds: int) -> str:
-    """The number of seeds that would probably decide, for each difference that is open."""
+    """Says how many seeds would give a 50 % chance to detect each difference that the seeds do not show."""
     needed = []
     for where, difference in differences.items():
         if not math.isnan(difference.half_width) and not _is_shown(difference):
@@ -129,11 +129,11 @@ def _about(seeds: int | None) -> str:
 
 
 def seeds_needed(difference: Interval, seeds: int) -> int | None:
-    """About how many seeds would give a 50 % chance to detect a difference as small as the one seen.
+    """Estimates how many seeds would give a 50 % chance to detect a difference as small as this one.
 
     Returns:
-        The number of seeds whose interval would be as wide as the difference is large. One more than there are where no
-        spread was seen. None where it is over 10,000, the spread is unknown or the difference is zero.
+        The number of seeds at which half the interval is about as wide as the difference. `seeds + 1` if all seeds
+        agree. None if the number is over 10,000, the spread is unknown or the difference is zero.
     """
     if math.isnan(difference.half_width) or difference.value == 0:
         return None
@@ -146,13 +146,13 @@ def seeds_needed(difference: Interval, seeds: int) -> int | None:
 def judge_pilot(runs: Mapping[str, Sequence[Outcome]], reference: str, difference: float) -> str:
     """Says how many seeds would show a difference, from a few runs of every arm.
 
-    Differences to the reference scatter alike in all arms, as far as so few seeds can tell. So their variances are
-    averaged.
+    Averages the variances of all arms' differences from the reference, since so few seeds can't show that one arm
+    scatters more than another.
 
     Args:
-        runs: The same two or more seeds of every arm.
+        runs: The runs of every arm, with the same two or more seeds.
         reference: The arm that the others are compared with.
-        difference: To be shown, as a share of the images.
+        difference: The difference to detect, as a share of the images.
     """
     theirs = [run.accuracy for run in runs[reference]]
     variances = [

@@ -1,4 +1,4 @@
-"""The speeds of the arms: measured once, and kept in FOLDER/speeds.json."""
+"""Measures the speeds of the arms once, and keeps them in FOLDER/speeds.json."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ ROUNDS = 8
 def read_or_measure_speeds(
     recipes: Mapping[str, Recipe], reference: str, folder: Path, progress: Progress
 ) -> tuple[dict[str, Speed], Machine, int]:
-    """The speeds of all arms: those kept, of arms that are still the same, and the others measured.
+    """Reads the kept speeds of arms that have not changed, and measures the others.
 
-    Every arm takes a turn in each round, in random order. The speeds are kept after each round, so that an interrupted
-    measurement continues with the next one. An arm that came later is measured in rounds with the reference; the
-    drift since the reference was measured first is taken out by the reference's own change.
+    Each round times each of the others once, in random order. The speeds are written after each round, so that an
+    interrupted measurement continues with the next round. An arm that was added later is timed in rounds with the
+    reference, and its times are divided by the change of the reference since the reference was first timed.
 
     Returns:
-        Arm name to speed, the machine that the reference was measured on, and its number of processes.
+        The speeds by arm, the machine that the reference was measured on, and the number of processes there.
 
     Raises:
-        UserError: What was kept is damaged, a recipe can't be built, or speeds of another kind of machine would have
-            to be added to those kept.
+        UserError: A recipe can't be built, or speeds.json is damaged or comes from another GPU or another number of
+            processes.
     """
     path = folder / "speeds.json"
     kept: dict[str, Any] = from_rank_zero(lambda: read_json(path) if path.is_file() else {})
@@ -54,7 +54,7 @@ def read_or_measure_speeds(
     if missing:
         if reference in entries:
             _check_same_machine(entries[reference], recipes[reference], path)
-        machine = dataclasses.asdict(_this_machine(recipes[reference]))  # with the load before we put our own on it
+        machine = dataclasses.asdict(_this_machine(recipes[reference]))  # before our measurement adds to the load
         for name in missing.keys() - entries:
             speed = {"step": [], "latency": [], "batches_per_epoch": 0}
             processes = dist.get_world_size()
@@ -73,7 +73,7 @@ def _measure(
     entries: dict[str, Any],
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
-    """Adds the missing rounds to the entries, and yields them after each."""
+    """Measures the missing rounds, and yields the entries after each round."""
     turns = [{name for name, rounds in missing.items() if turn in rounds} for turn in range(ROUNDS)]
     turns = [names | {reference} if names else names for names in turns]
     total, done = sum(map(len, turns)), 0
@@ -92,7 +92,7 @@ def _measure(
 
 
 def _add(taken: Mapping[str, Turn], reference: str, entries: dict[str, Any], turn: int) -> None:
-    """Adds one round to the entries that lack it, as it would have been when the reference took this turn first."""
+    """Adds one round to the entries that lack it, without the change of the reference since it was first timed."""
     now = taken[reference]
     before = entries[reference]["speed"]
     scale = {"step": 1.0, "latency": 1.0}
@@ -107,7 +107,7 @@ def _add(taken: Mapping[str, Turn], reference: str, entries: dict[str, Any], tur
 
 
 def _check_same_machine(entry: dict[str, Any], recipe: Recipe, path: Path) -> None:
-    """Speeds of a GPU and of a processor, or of different numbers of processes, have no common scale."""
+    """Refuses to add speeds that were measured on another GPU or on another number of processes."""
     gpu, processes = _this_machine(recipe).gpu, dist.get_world_size()
     if (entry["machine"]["gpu"], entry["processes"]) != (gpu, processes):
         raise UserError(

@@ -1,4 +1,4 @@
-"""The outcomes of a comparison's runs, and the files that keep them.
+"""Reads the outcomes of a comparison's runs, and keeps them in files.
 
 FOLDER/outcomes/RUN.json is all that a comparison needs of a complete run; the run's own folder may be deleted.
 """
@@ -30,17 +30,17 @@ _ACCURACY = "metrics/eval/MulticlassAccuracy"
 class Outcome:
     """One complete run."""
 
-    run: str  # its name, which is its folder's
+    run: str  # the name of the run and of its folder
     seed: int
     batches: int  # training steps
-    accuracies: tuple[tuple[int, float], ...]  # after so many steps, the share of held-out images classified correctly
-    wall_seconds: float  # evaluations and start included, in one go or since it was resumed
+    accuracies: tuple[tuple[int, float], ...]  # (training steps, share of held-out images classified correctly)
+    wall_seconds: float  # evaluations and start included; since the last resume, if any
     parameters: int  # of the trained network
     se_layers: int  # layers with our SE
 
     @property
     def accuracy(self) -> float:
-        """At the end: the last evaluation, not the best."""
+        """The accuracy in the last evaluation, not in the best."""
         return self.accuracies[-1][1]
 
 
@@ -76,16 +76,16 @@ def read_outcome(summary: dict[str, Any], run_folder: Path, seed: int) -> Outcom
 
 
 def keep_outcome(outcome: Outcome, recipe: Recipe, folder: Path) -> None:
-    """Writes an outcome with the recipe it belongs to."""
+    """Writes an outcome and the recipe of its run."""
     content = {"recipe": _plain(recipe), "outcome": dataclasses.asdict(outcome)}
     replace_file(folder / "outcomes" / f"{outcome.run}.json", json.dumps(content) + "\n")
 
 
 def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
-    """Reads the outcome of a recipe's run if it was kept.
+    """Reads the kept outcome of a recipe's run. Returns None if there is none.
 
     Raises:
-        UserError: The outcome kept is damaged, or it or the run under way is that of another recipe.
+        UserError: The outcome is damaged, or the outcome or the run under way belongs to another recipe.
     """
     path = folder / "outcomes" / f"{recipe.run_name}.json"
     under_way = Path(recipe.run_folder) / "recipe.yaml"
@@ -96,7 +96,7 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
             outcome = Outcome(**found | {"accuracies": tuple((batch, share) for batch, share in found["accuracies"])})
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, error) from error
-        # With defaults for keys that the version it was kept by did not know.
+        # Keys that an older version did not have get their defaults.
         _check_same(dataclasses.asdict(Recipe()) | stored, recipe, path)
         return outcome
     if under_way.is_file():
@@ -105,7 +105,7 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
 
 
 def read_json(path: Path) -> Any:
-    """Reads what a comparison has written.
+    """Reads a JSON file of a comparison.
 
     Raises:
         UserError: The file is damaged.
@@ -134,10 +134,10 @@ def _plain(recipe: Recipe) -> dict[str, Any]:
 
 
 def accuracy_after(seconds: float, runs: Sequence[Outcome], seconds_per_step: float) -> float:
-    """The final accuracy that training for a time would give, from complete runs of one arm and seed.
+    """Estimates the final accuracy after a training time, from complete runs of one arm and seed.
 
-    It is interpolated between the ends of the runs, along the logarithm of the time, since more training adds less and
-    less. Outside of them it is that of the nearest run.
+    Interpolates between the final accuracies of the runs, over the logarithm of the time, since more training adds less
+    and less. A time outside the range of the runs gets the accuracy of the nearest run.
     """
     ends = sorted((math.log(run.batches * seconds_per_step), run.accuracy) for run in runs)
     return float(np.interp(math.log(seconds), [end for end, _ in ends], [accuracy for _, accuracy in ends]))

@@ -22,7 +22,7 @@ _ACCURACY = "held-out accuracy, %"
 
 
 def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement], caption: str, path: Path) -> None:
-    """Draws four panels: accuracy against epochs, time and latency, and the differences; the caption stands below."""
+    """Draws four panels: accuracy against epochs, time and latency, and the differences. The caption is below."""
     colours = (BLACK, *COLOURS)
     styles: dict[str, _Style] = {
         arm.name: {"color": colours[i % len(colours)], "marker": MARKERS[(i + i // len(MARKERS)) % len(MARKERS)]}
@@ -52,15 +52,15 @@ def draw(comparison: Comparison, findings: Findings, judgements: Sequence[Judgem
 
 
 def _curves(runs: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """The steps at which every run was evaluated, and the accuracies there, run by run."""
+    """The steps at which every run was evaluated, and the accuracies there in percent, (runs, steps)."""
     steps = sorted(set.intersection(*({step for step, _ in run.accuracies} for run in runs)))
     return np.array(steps), 100 * np.array([[dict(run.accuracies)[step] for step in steps] for run in runs])
 
 
 def _first_worth_showing(accuracies: Sequence[np.ndarray]) -> int:
-    """The first evaluation that is drawn: the end is what is compared, and the start would flatten it to a line.
+    """The first evaluation to draw. Low accuracies at the start would hide the differences at the end.
 
-    At least the later half of the evaluations is drawn, and at least two.
+    The later half of the evaluations is always drawn, and at least two if there are two.
     """
     finals = np.concatenate([of_arm[:, -1] for of_arm in accuracies])
     bottom = finals.max() - 4 * max(1.0, np.ptp(finals))
@@ -76,7 +76,7 @@ def _draw_curves(
     styles: Mapping[str, _Style],
     scale: Mapping[str, float],
 ) -> None:
-    """Means over the seeds, with the range of the seeds as a band."""
+    """Draws the means over the seeds, with the range of the seeds as a band."""
     for name, (steps, accuracies) in curves.items():
         x, values = steps[first:] * scale[name], accuracies[:, first:]
         axis.plot(x, values.mean(0), label=name, markersize=4, linewidth=1.4, **styles[name])
@@ -84,7 +84,7 @@ def _draw_curves(
 
 
 def _draw_other_lengths(axis: Any, findings: Findings, reference: str, look: _Style, scale: float) -> None:
-    """The reference's ends when trained for the time of other arms."""
+    """Draws the final accuracies of the reference for the training times of other arms."""
     for batches in sorted({run.batches for run in findings.other_lengths}):
         values = [100 * run.accuracy for run in findings.other_lengths if run.batches == batches]
         _draw_point(axis, [batches * scale], values, look, hollow=True)
@@ -106,7 +106,7 @@ def _draw_latency(axis: Any, findings: Findings, judgements: Sequence[Judgement]
 
 
 def _draw_point(axis: Any, x: Sequence[float], y: Sequence[float], look: _Style, hollow: bool = False) -> None:
-    """The mean of each coordinate, with its range as a bar."""
+    """Draws the mean of each coordinate, with its range as a bar."""
     bars = {
         key: [[mean(values) - min(values)], [max(values) - mean(values)]] for key, values in (("xerr", x), ("yerr", y))
     }
@@ -115,11 +115,11 @@ def _draw_point(axis: Any, x: Sequence[float], y: Sequence[float], look: _Style,
 
 
 def _draw_differences(axis: Any, judgements: Sequence[Judgement], styles: Mapping[str, _Style]) -> None:
-    """The paired differences with their intervals; what crosses the line is not decided."""
+    """Draws the paired differences with their intervals. An interval that crosses the line does not decide."""
     axis.axvline(0, color=GREY, linewidth=1)
     others = [judged for judged in judgements if judged.equal_epochs is not None]
     for y, judged in enumerate(others):
-        # Seen from the arm's own line: above it at equal epochs, filled; below it at equal time, hollow.
+        # At equal epochs: filled, above the arm's line. At equal time: hollow, below it.
         for shift, filled, difference in ((-0.16, True, judged.equal_epochs), (0.16, False, judged.equal_time)):
             assert difference is not None
             known = not math.isnan(difference.half_width)
@@ -135,7 +135,7 @@ def _draw_differences(axis: Any, judgements: Sequence[Judgement], styles: Mappin
     axis.set_yticks(range(len(others)), [judged.arm for judged in others], fontsize="small")
     axis.set_ylim(len(others) - 0.5, -0.5)
     reference = judgements[0].arm
-    # The names of the arms take room on the left: there is some for long words there, and none on the right.
+    # Aligned right: a long title has room on the left, above the names of the arms.
     axis.set_title(f"Difference to {reference} (95 % interval)\nfilled: equal epochs, hollow: equal time", loc="right")
     axis.set_xlabel(f"percentage points; right of the line: better than {reference}", loc="right")
 

@@ -46,7 +46,7 @@ def print_judgements(comparison: Comparison, judgements: Sequence[Judgement], co
 
 
 def print_speeds(comparison: Comparison, findings: Findings, console: Console) -> None:
-    """Prints how fast the arms train and infer, where nothing was trained."""
+    """Prints how fast the arms train and infer, for a comparison of 0 seeds."""
     caption = f"Ratios to the first arm, measured in turns, with their 95 % interval. {_where(findings)}."
     heads = ("ms per step", "ratio", "ms per image", "ratio")
     table = new_table(f"{comparison.recipe}: speed", caption, "arm", heads)
@@ -62,7 +62,7 @@ def print_speeds(comparison: Comparison, findings: Findings, console: Console) -
 
 
 def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
-    """The report: table, sentences, picture, how it was made, and every run's final accuracy."""
+    """The report: table, sentences, picture, conditions, command, and the final accuracy of every run."""
     lines = [f"# {comparison.recipe}: {' / '.join(arm.name for arm in comparison.arms)}", ""]
     rows = [[*_cells(j, " "), str(j.se_layers or "–"), f"{j.parameters:,}"] for j in judgements]
     lines += markdown_table([*_HEADS, "SE layers", "parameters"], rows)
@@ -77,7 +77,7 @@ def as_markdown(comparison: Comparison, findings: Findings, judgements: Sequence
 
 
 def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Judgement]) -> str:
-    """Everything: the question, the raw findings, and what was made of them."""
+    """The comparison, its raw findings and its judgements."""
     question, found = dataclasses.asdict(comparison), dataclasses.asdict(findings)
     return to_json(
         {key: question[key] for key in ("recipe", "overrides", "arms")}
@@ -88,7 +88,7 @@ def as_json(comparison: Comparison, findings: Findings, judgements: Sequence[Jud
 
 
 def command(comparison: Comparison, processes: int) -> str:
-    """The command that makes the comparison again."""
+    """The command that repeats the comparison."""
     words = ["composer", "-n", str(processes), "-m", "composer_se.cli"] if processes > 1 else ["composer-se"]
     words += ["compare", comparison.recipe, *comparison.overrides, "--seeds", str(comparison.num_seeds)]
     words += ["--out", str(comparison.folder)]
@@ -98,7 +98,7 @@ def command(comparison: Comparison, processes: int) -> str:
 
 
 def conditions(comparison: Comparison, findings: Findings) -> str:
-    """The recipe, the seeds and the machine behind the numbers."""
+    """Names the recipe, the seeds, the machine and the reference's speed."""
     reference = comparison.reference.name
     run, speed = findings.runs[reference][0], findings.speeds[reference]
     seeds = ", ".join(str(run.seed) for run in findings.runs[reference])

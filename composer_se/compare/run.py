@@ -1,4 +1,4 @@
-"""Runs a comparison, or what is left of it, and keeps what it found."""
+"""Runs a comparison or continues it, and keeps the outcomes."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from composer_se.show.terminal import Progress
 
 __all__ = ["Findings", "check", "run_comparison", "run_pilot"]
 
-# A share of the training time that no affordable number of seeds could tell from none.
+# Training times that differ by a smaller share count as equal: no affordable number of seeds shows the effect.
 NEGLIGIBLE = 0.01
 
-# Added to the recipe's seed, as 0, 1, ... are by a comparison.
+# Added to the recipe's seed. A comparison adds 0, 1, ... instead.
 PILOT_SEEDS = (1000, 1001)
 
 
 @dataclass
 class Findings:
-    """Everything known so far."""
+    """The results of a comparison so far."""
 
     speeds: dict[str, Speed]  # by arm
     machine: Machine  # where the speeds were measured
-    processes: int = 1  # on how many
+    processes: int = 1  # at that measurement
     runs: dict[str, list[Outcome]] = field(default_factory=dict)  # by arm, of the recipe's length, one for each seed
     other_lengths: list[Outcome] = field(default_factory=list)  # of the reference, to compare at equal training time
 
@@ -51,7 +51,7 @@ class Findings:
         return [run.accuracy for run in self.runs[arm]]
 
     def training_seconds(self, arm: str) -> float:
-        """The time of an arm's training at the speed measured, without evaluations."""
+        """The training time of an arm at its measured speed, without evaluations."""
         return self.runs[arm][0].batches * mean(self.speeds[arm].step)
 
 
@@ -61,7 +61,7 @@ def check(comparison: Comparison) -> None:
     Raises:
         UserError: An arm's recipe is wrong.
     """
-    make_plan(load_recipe(comparison.recipe, comparison.overrides))  # what is wrong in all arms is no arm's fault
+    make_plan(load_recipe(comparison.recipe, comparison.overrides))  # an error of the recipe itself must name no arm
     for name, recipe in run_recipes(comparison, 0).items():
         with checking(name):
             make_plan(recipe)
@@ -78,18 +78,17 @@ def check(comparison: Comparison) -> None:
 def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findings]:
     """Measures speeds, then trains every arm with every seed, one seed after the other.
 
-    The arms of a seed take turns in an order that moves on from seed to seed. After them the reference is trained
-    once more for as long as the slowest arm takes, and for as short as the fastest, where they differ from it. What
-    was complete before is only read.
+    Each seed begins with the next arm. After the arms, the reference is trained again for as long as the slowest arm
+    takes and for as long as the fastest takes, unless that is about its own time. Complete runs are only read.
 
     Yields:
-        The findings after the measuring and after each seed: the same object, grown.
+        The findings after the speeds are measured, and after each seed. It is the same object each time.
     """
     reference = comparison.reference.name
     recipes = run_recipes(comparison, 0)
     join_processes(recipes[reference])
     from_rank_zero(lambda: _check_writable(comparison.folder))
-    for index in range(comparison.num_seeds):  # complaints of what was kept come before hours of training
+    for index in range(comparison.num_seeds):  # raises errors about kept outcomes before hours of training
         for recipe in run_recipes(comparison, index).values():
             from_rank_zero(lambda recipe=recipe: kept_outcome(recipe, comparison.folder))
     speeds, machine, processes = read_or_measure_speeds(recipes, reference, comparison.folder, progress)
@@ -111,9 +110,9 @@ def run_comparison(comparison: Comparison, progress: Progress) -> Iterator[Findi
 
 
 def run_pilot(comparison: Comparison, progress: Progress) -> dict[str, list[Outcome]]:
-    """Trains every arm with two seeds that no comparison uses, so that its size can be chosen.
+    """Trains every arm with two seeds that no comparison uses.
 
-    What was complete before is only read.
+    The runs show how many seeds a comparison needs. Complete runs are only read.
 
     Returns:
         The outcomes by arm.
@@ -128,7 +127,7 @@ def run_pilot(comparison: Comparison, progress: Progress) -> dict[str, list[Outc
 
 
 def _check_writable(folder: Path) -> None:
-    """Complains now rather than after hours."""
+    """Raises an error now, and not after hours of training."""
     try:
         TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())).close()
     except OSError as error:
@@ -138,7 +137,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
-    """In steps of the reference, the longest and the shortest training time among the arms where it is not its own."""
+    """The shortest and longest training time of the arms, in steps of the reference, unless about its own."""
     reference = comparison.reference.name
     own = findings.training_seconds(reference)
     times = [findings.training_seconds(arm.name) for arm in comparison.arms]
@@ -161,14 +160,14 @@ def _train(what: str, recipe: Recipe, folder: Path, progress: Progress) -> Outco
 
 
 class _Watch(Callback):
-    """Tells how far a run is."""
+    """Reports the progress of a run."""
 
     def __init__(self, what: str, progress: Progress) -> None:
         self.what = what
         self.progress = progress
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """After each training step."""
+        """Reports the share of the run that is done."""
         elapsed = state.get_elapsed_duration()
         assert elapsed is not None
         self.progress(self.what, round(1000 * elapsed.value), 1000)

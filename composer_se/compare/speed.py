@@ -1,9 +1,9 @@
 """Measures the speed of an arm in short turns, so that the drift of the machine favours no arm.
 
-Timing the runs themselves would not do: on a shared machine, steps of one hour can be 10 % slower than those of the
-next, and arms differ by less. A turn trains some steps of the real recipe, with its data loading and algorithms. Turns
-are taken at several points of the run's duration, since an algorithm may work in a part of it only. Work that an
-algorithm does between epochs is left out, and so are layers that it has frozen by then.
+The times of the runs themselves are too noisy: on a shared machine, a step can take 10 % longer in one hour than in the
+next, and arms differ by less. A turn trains some steps of the recipe, with its data loading and algorithms. The turns
+are at several points of the run's duration, since an algorithm may work in a part of it only. A turn does not measure
+the work of algorithms between epochs, nor the gain from layers that an algorithm has frozen by then.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["Speed", "Turn", "steps_per_turn", "take_turn"]
 TURN_SECONDS = 3.0
 LEAST_STEPS, MOST_STEPS = 8, 400
 
-# Of the Trainer's options those that a step's time depends on, and what a turn needs beside them.
+# The options of the Trainer that a step's time depends on, and others that a turn needs.
 _OPTIONS = (*keys("trainer", "speed"), "seed", "dist_timeout")
 
 
@@ -54,13 +54,13 @@ class Turn:
 
 
 def steps_per_turn(name: str, recipe: Recipe) -> int:
-    """Times a short turn of one arm, and returns the number of steps of a full one; the same on all ranks."""
+    """Times a short turn of one arm, and returns the number of steps of a full turn, the same on all ranks."""
     seconds = take_turn(name, recipe, 0.0, LEAST_STEPS).step
     return from_rank_zero(lambda: min(MOST_STEPS, max(LEAST_STEPS, round(TURN_SECONDS / seconds))))
 
 
 class _Stopwatch(Callback):
-    """Times training steps from the fetching of the batch on, and stops training after some of them."""
+    """Times training steps, loading the batch included, and stops training after `steps` of them."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -84,10 +84,10 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
         name: The name of the arm.
         recipe: The arm's recipe.
         share: Where in the run's duration the steps are taken, from 0 to 1.
-        steps: How many are trained.
+        steps: The number of training steps.
 
     Returns:
-        The times; under the launcher those of rank zero, on all ranks.
+        The times of rank zero, on all ranks.
 
     Raises:
         UserError: The recipe can't be built.
@@ -105,7 +105,7 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
     state, loader = trainer.state, parts.train_loader
     assert loader is not None
     batches_per_epoch = int(state.dataloader_len or len(loader))
-    # Before training: its data workers would still be fetching beside the inference, which took up to twice as long.
+    # Before training: the data workers of training would slow down inference, up to twofold.
     latency = _latency(parts.network, torch.as_tensor(loader.dataset[0][0])[None], state)
     state.timestamp = _at(share, state, batches_per_epoch, recipe.train_batch_size)
     trainer.fit()
@@ -116,9 +116,9 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
 
 
 def _at(share: float, state: State, batches_per_epoch: int, batch_size: int) -> Timestamp:
-    """The point of time at a share of the run's duration; at the beginning of an epoch if it is counted in epochs.
+    """The timestamp at a share of the run's duration; the start of an epoch if the duration is in epochs.
 
-    Whatever the point, the turn trains on the images that the epoch begins with.
+    At every timestamp, the turn trains on the first images of the epoch.
     """
     assert state.max_duration is not None
     total: Time[int] = state.max_duration
@@ -139,7 +139,7 @@ def _latency(network: nn.Module, image: torch.Tensor, state: State) -> float:
 
     step()
     once = time_step(step, device)
-    untimed, timed = from_rank_zero(lambda: steps_per_visit(once))  # sharded weights are gathered by all ranks at once
+    untimed, timed = from_rank_zero(lambda: steps_per_visit(once))  # all ranks gather sharded weights together
     times = [time_step(step, device) for _ in range(untimed + timed)]
     network.train()
     return median(times[untimed:])

@@ -1,4 +1,4 @@
-"""Counts the costs of a variant that are exact, and its peak memory on a GPU."""
+"""Counts the exact costs of a variant, and measures its peak memory on a GPU."""
 
 from __future__ import annotations
 
@@ -25,20 +25,19 @@ class Counts:
 
     parameters: int
     multiply_adds: int  # of one image's forward pass, in convolutions and matrix products
-    # What the forward pass and the loss of one batch save for backward: the images too, which the first conv saves,
-    # but no parameters and buffers.
+    # Bytes that the forward pass and the loss of one batch save for backward. They include the images, which the first
+    # conv saves, but no parameters or buffers.
     saved_bytes: int
-    passes: tuple[
-        int, ...
-    ]  # full-size ones that each SE layer adds to conv and norm in a training step, in model order
+    # Full-size passes that each SE layer adds to a training step of its conv and norm, in model order.
+    passes: tuple[int, ...]
     peak_bytes: int | None  # of a training step, weights and gradients included; None on the CPU
 
 
 def count(variant: Variant, settings: Settings, images: torch.Tensor, targets: torch.Tensor) -> Counts:
     """Counts the costs of one variant on a batch of images (N, C, H, W) and targets (N,).
 
-    Where networks are compiled, saved bytes and peak memory are the compiled network's; the passes are left out, since
-    a compiled kernel shows none of its own.
+    If `settings.compiled` is set, saved bytes and peak memory are those of the compiled network. Passes are not counted
+    then, because compiled kernels hide them.
     """
     device = images.device
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -54,7 +53,7 @@ def count(variant: Variant, settings: Settings, images: torch.Tensor, targets: t
     peak = None
     if device.type == "cuda":
         optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
-        for _ in range(2):  # the first one makes the libraries' workspaces
+        for _ in range(2):  # the first step allocates the libraries' workspaces
             torch.cuda.reset_peak_memory_stats(device)
             training_step(called, optimizer, images, targets, settings.autocast)
         peak = torch.cuda.max_memory_allocated(device) - resident
@@ -70,9 +69,9 @@ def count(variant: Variant, settings: Settings, images: torch.Tensor, targets: t
 def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] = ()) -> int:
     """Counts the bytes that `forward` leaves saved for its backward pass.
 
-    Every tensor that autograd saves passes through a hook. The hook counts the whole storage behind it once: a tensor
-    saved by two operations, or a view of it, adds nothing. Give parameters and buffers as `exclude`; they exist with or
-    without a backward pass.
+    A hook sees every tensor that autograd saves, and counts each storage once, in full. A tensor that two operations
+    save, or a view of a saved tensor, adds nothing. Give parameters and buffers as `exclude`: they take memory without
+    a backward pass too.
 
     Args:
         forward: Runs the forward pass and the loss, with gradients enabled. Its result is kept alive until the count
@@ -83,7 +82,7 @@ def saved_bytes(forward: Callable[[], object], exclude: Iterable[torch.Tensor] =
     storages: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        # Holding the storage keeps its address from being given to another tensor while the count runs.
+        # While `storages` holds the storage, no other tensor can get its address.
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in excluded:
             storages[storage.data_ptr()] = storage
@@ -105,7 +104,7 @@ def _multiply_adds(network: nn.Module, image: torch.Tensor) -> int:
 
 
 def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, settings: Settings) -> tuple[int, ...]:
-    """Counts the passes of each SE layer. It runs alone with its norm, on its input in the network, repeated."""
+    """Counts the passes of each SE layer, run alone with its norm on copies of its input in the network."""
     passes = []
     for layer in called_layers(network, names, image, settings.autocast):
         norm = [] if layer.norm in (None, layer.bare) else [copy.deepcopy(layer.norm)]
@@ -116,5 +115,5 @@ def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, set
 
 
 def _batch_size_apart(layer: nn.Module) -> int:
-    """A batch size at which no parameter, and so no gradient of one, has as many elements as the layer's output map."""
+    """A batch size at which no parameter has as many elements as the layer's output map."""
     return next(n for n in itertools.count(2) if all(parameter.numel() % n for parameter in layer.parameters()))

@@ -1,6 +1,6 @@
-"""What Squeeze-and-Excitation adds to single layers: to the norm after each conv, without the conv.
+"""Times what Squeeze-and-Excitation adds to single layers: to the norm after each conv, without the conv.
 
-On small machines the times of whole networks scatter by more than SE costs. Single layers resolve it.
+On small machines the times of whole networks scatter by more than SE costs. Times of single layers scatter less.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["BUILT_IN", "NORM", "NOTHING", "OURS", "LayerKind", "LayerTimes", "me
 
 NOTHING, NORM, OURS, BUILT_IN = "nothing", "norm", "composer-se", "composer"
 VISIT = (1, 3)  # untimed and timed steps
-ROUNDS_PER_ROUND = 5  # of networks: a visit to a layer takes a fraction of one to a network
+ROUNDS_PER_ROUND = 5  # rounds of layers per round of networks, since a visit to a layer is much shorter
 
 
 @dataclass(frozen=True)
 class LayerKind:
-    """SE layers of one shape: map, hidden width of the block, class of the norm or "none", and how many there are."""
+    """The SE layers with the same map, block width and class of norm ("none" if there is no norm), and their number."""
 
     channels: int
     height: int
@@ -42,23 +42,23 @@ class LayerKind:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """The different layers, and their times in seconds by mode, variant, kind of layer and round."""
+    """The kinds of layers, and their times in seconds by mode, variant, kind and round."""
 
     kinds: list[LayerKind]
     seconds: dict[str, dict[str, list[list[float]]]]
 
     def milliseconds(self, mode: str, variant: str, kind: int) -> float:
-        """What the norm of one layer takes, or what a variant adds to it."""
+        """The median time of one layer's norm, or the median time that another variant adds to it."""
         base = NOTHING if variant == NORM else NORM
         return 1e3 * float(np.median(self._difference(mode, variant, base)[kind]))
 
     def added(self, mode: str, variant: str) -> list[float]:
-        """What a variant adds to the norms of all layers of the network, in seconds, for each round."""
+        """The seconds that a variant adds to the norms of all layers of the network, for each round."""
         counts = [kind.count for kind in self.kinds]
         return (counts @ self._difference(mode, variant, NORM)).tolist()
 
     def share(self, mode: str) -> Interval:
-        """What ours adds, over what Composer's built-in adds."""
+        """The time that ours adds, divided by the time that Composer's built-in adds."""
         return ratio_of_means(self.added(mode, OURS), self.added(mode, BUILT_IN))
 
     def _difference(self, mode: str, variant: str, base: str) -> np.ndarray:
@@ -66,11 +66,11 @@ class LayerTimes:
 
 
 def measure_layers(network: nn.Module, images: Tensor, settings: Settings, progress: Progress) -> LayerTimes:
-    """Times every different SE layer of a network alone.
+    """Times one SE layer of each kind alone.
 
-    A step starts with a map of random numbers in the place of the conv's output. The variants are the map
-    alone, the map with its norm, and the map with SE and norm: ours, and Composer's if the settings ask for it. In each
-    round every layer and variant is visited once, in random order.
+    A step starts from a map of random numbers instead of the conv's output. The variants are: nothing but the map, the
+    norm, and the norm with SE (ours, and Composer's if the settings ask for it). Each round times every layer and
+    variant once, in random order.
 
     Args:
         network: The network with our SE, on its device and in its memory format.
@@ -137,7 +137,7 @@ def _training_step(forward: Callable[[Tensor], Tensor], u: Tensor, autocast: Cal
     def step() -> None:
         leaf.grad = None
         with autocast():
-            y = forward(leaf * 1)  # a map that nobody else holds, as a conv's output is
+            y = forward(leaf * 1)  # a new map that no other code holds, like a conv's output
         y.backward(gradient)
 
     return step

@@ -1,4 +1,4 @@
-"""The level of each copy of each variant, from repeated timings, and the ratios that follow."""
+"""Computes ratios of times, with intervals, from repeated timings of several instances of each variant."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Levels:
     """The time of each instance as a logarithm, relative to the median of all instances in the same round."""
 
     of: dict[str, np.ndarray]  # per variant, one for each instance
-    common: float  # logarithm of the seconds that the levels are relative to, in the median round
-    deviation: float  # between instances of the same code, pooled over all variants
-    degrees: int  # of freedom behind the deviation
+    common: float  # logarithm of the median time in seconds, in the median round
+    deviation: float  # standard deviation between instances of the same variant, pooled over all variants
+    degrees: int  # degrees of freedom of the standard deviation
 
     def seconds(self, variant: str) -> float:
         """The time of a variant in the median round. `ratio` is the quotient of two such times."""
         return math.exp(self.common + self.of[variant].mean())
 
     def ratio(self, variant: str, reference: str) -> Interval:
-        """The time of one variant over that of another.
+        """The time of one variant divided by that of another.
 
-        The interval excludes 1 when the two differ by more than copies of the same code do. For two variants of the
-        same code this happens in one run of twenty.
+        The interval excludes 1 if the two variants differ by more than instances of the same code do. Two variants of
+        the same code differ so much in one run of twenty.
         """
         ours, theirs = self.of[variant], self.of[reference]
         value = math.exp(ours.mean() - theirs.mean())
@@ -41,9 +41,9 @@ class Levels:
         """Our overhead over the plain network as a share of another implementation's.
 
         Returns:
-            `(ours / plain - 1) / (theirs / plain - 1)`. Its interval follows from that of the three levels to first
-            order. All is NaN if the other variant is not shown to be slower than the plain network: the divisor could
-            be zero.
+            `(ours / plain - 1) / (theirs / plain - 1)`, with the interval that the noise of the three levels gives to
+            first order. All numbers are NaN if `theirs` is not shown to be slower than `plain`, because the divisor
+            could then be zero.
         """
         a, b = self.ratio(ours, plain), self.ratio(theirs, plain)
         if not b.low > 1:
@@ -56,16 +56,16 @@ class Levels:
         return Interval(value, value - half, value + half)
 
     def _half_width(self, variance: float) -> float:
-        """Half the interval of a sum of levels, from its variance in units of the deviation."""
+        """Half the width of the interval of a sum of levels; `variance` is in units of the squared deviation."""
         return students_t(self.degrees) * self.deviation * math.sqrt(variance)
 
 
 def find_levels(seconds: Mapping[str, Sequence[Sequence[float]]]) -> Levels:
-    """Divides by the median of each round, and finds the spread between instances of the same code.
+    """Computes the level of each instance, and the spread between instances of the same variant.
 
-    Times are in seconds, by variant, instance and round; each instance is timed once a round. The median of a round
-    measures the state of the machine (its clock, other programs), and cancels. An instance's level is the median over
-    its rounds, so a single disturbed visit does not count.
+    `seconds` holds times by variant, instance and round; each instance is timed once per round. Each time is divided by
+    the median of its round, so the state of the machine (its clock, other programs) cancels. An instance's level is its
+    median over rounds, so a single disturbed visit does not count.
 
     Raises:
         ValueError: No variant has two instances.

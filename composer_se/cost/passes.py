@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 __all__ = ["FullSizePasses", "full_size_passes"]
 
-# Operators that take a tensor for its shape and dtype alone, or only to overwrite it.
+# Operators that use only the shape and dtype of a tensor, or that overwrite it.
 _NOT_READ = {
     *("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"),
     *("new_empty", "new_empty_strided", "new_zeros", "new_ones", "new_full"),
@@ -29,14 +29,14 @@ class FullSizePasses(TorchDispatchMode):
 
     The convention, applied to every ATen operator that runs below autograd:
 
-    - each distinct storage among its inputs is one read, each distinct storage that it fills is one write, however
-      often a kernel goes over it inside;
-    - an operator in place both reads and writes its tensor; `out=` arguments and the target of `copy_` are only
+    - each distinct storage among its inputs is one read, and each distinct storage that it fills is one write, however
+      often the kernel accesses it;
+    - an in-place operator both reads and writes its tensor; `out=` arguments and the target of `copy_` are only
       written;
-    - a tensor has as many elements as it has in memory, so a stride-0 `expand` of a small one is small;
-    - views, and operators that only look at a shape, count nothing.
+    - only elements in memory count, so a stride-0 `expand` of a small tensor is small;
+    - views, and operators that only read a shape, count nothing.
 
-    `reads` and `writes` hold the numbers so far.
+    `reads` and `writes` hold the counts so far.
     """
 
     def __init__(self, numel: int):
@@ -57,16 +57,16 @@ class FullSizePasses(TorchDispatchMode):
 def full_size_passes(
     with_se: nn.Module, plain: nn.Module, inputs: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> int:
-    """Counts the full-size passes that SE adds to one conv in one training step, forward and backward.
+    """Counts the full-size passes that SE adds to one layer in one training step, forward and backward.
 
-    The layer runs alone on `inputs`, its output receives a gradient that is a tensor of its own, and gradients are
-    taken for `inputs` and all parameters. What the layer without SE does on the same input is subtracted.
+    Runs the layer alone on `inputs`. The backward pass computes gradients of `inputs` and all parameters from a
+    gradient of ones. The passes of the layer without SE are subtracted.
 
     Args:
-        with_se: The conv with its SE block, and the norm after it if there is one.
+        with_se: The conv or norm with its SE block, and the norm after a conv if there is one.
         plain: The same without SE.
-        inputs: What the layer receives in the network, (N, C, H, W).
-        autocast: Makes the context of the forward pass.
+        inputs: The layer's input in the network, (N, C, H, W).
+        autocast: Returns the context of the forward pass.
     """
     with torch.no_grad(), autocast():
         numel = plain(inputs).numel()
@@ -109,7 +109,7 @@ def _operands(
 
 
 def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Pairs the arguments of a schema with the values of one call; those left at their default are no tensors."""
+    """Pairs a schema's arguments with the values of one call. Leaves out arguments at their default: no tensors."""
     named = {argument.name: argument for argument in arguments}
     return [*zip(arguments, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
 

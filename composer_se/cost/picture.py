@@ -1,4 +1,4 @@
-"""A study as a picture: the cost of each `min_channels`, the choice that the user has to make."""
+"""Draws a study: the cost of each `min_channels`."""
 
 from __future__ import annotations
 

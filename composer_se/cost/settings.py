@@ -17,7 +17,7 @@ __all__ = ["Settings"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured, and how."""
+    """Which variants a study measures, and how."""
 
     min_channels: tuple[int | str, ...]  # settings to compare
     squeeze_excite: SqueezeExciteOptions  # the other options, the same for all
@@ -28,9 +28,9 @@ class Settings:
     precision: str  # "fp32", "amp_bf16" or "amp_fp16"
     channels_last: bool
     compiled: bool  # through `torch.compile`
-    instances: int  # copies of each variant; two at least
+    instances: int  # copies of each variant; at least two
     rounds: int  # visits to each copy for each kind of step
-    layers: bool  # measures each different SE layer alone, too, for the one setting that there then is
+    layers: bool  # measures each kind of SE layer alone, too; needs a single setting of `min_channels`
 
     def shared_options(self) -> dict[str, Any]:
         """The options that all variants with SE share, without those that are None."""
@@ -44,7 +44,7 @@ class Settings:
         return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype)
 
     def placed(self, network: nn.Module) -> nn.Module:
-        """Brings a network to its device and memory format."""
+        """Moves a network to the device, and into the memory format."""
         network = network.to(self.device)
         if self.channels_last:
             # The overload with a memory format alone is missing from torch's annotations.
@@ -52,10 +52,10 @@ class Settings:
         return network
 
     def compile(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """Compiles a network or function if that was asked for."""
+        """Compiles a network or function if `compiled` is set."""
         if not self.compiled:
             return forward
-        # Each instance and batch size is a version of the same code; past the limit torch runs it uncompiled, silently.
+        # torch compiles the code once per instance and batch size. Past the limit it silently runs it uncompiled.
         torch._dynamo.config.cache_size_limit = 1 << 16
         torch._dynamo.config.accumulated_cache_size_limit = 1 << 16
         return torch.compile(forward, dynamic=False)

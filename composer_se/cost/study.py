@@ -1,4 +1,4 @@
-"""One study: counts and timings of all variants of one network."""
+"""Runs a study: counts the costs of all variants of one network, and times them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from composer_se.show.terminal import Progress, counted
 
 __all__ = ["Study", "measure"]
 
-# Load average per CPU from which on the machine is called busy.
+# Load average per CPU above which a note says that the machine was busy.
 BUSY = 0.5
 
 
@@ -40,11 +40,11 @@ class Study:
     seconds: dict[
         str, dict[str, list[list[float]]]
     ]  # by kind of step ("training step", …), variant, instance and round
-    layers: LayerTimes | None  # what SE adds to single layers, where that was asked for
+    layers: LayerTimes | None  # the times of single layers; None if the settings don't ask for them
 
     @cached_property
     def levels(self) -> dict[str, Levels]:
-        """The times of each kind of step, judged."""
+        """The levels of all instances, by kind of step."""
         return {kind: find_levels(times) for kind, times in self.seconds.items()}
 
     def of_code(self, code: str) -> list[Variant]:
@@ -55,9 +55,9 @@ class Study:
 def measure(name: str, network: nn.Module, settings: Settings, progress: Progress) -> Study:
     """Measures the cost of SE on one network and this machine.
 
-    Counts come first, one variant in memory at a time. Then several instances of every variant are built in random
-    order, and timed in turns: training steps, inference at batch 1, inference at the given batch. The
-    optimizer is SGD with a learning rate of 0, so that the last step works on the same weights as the first.
+    Counts first, with one variant in memory at a time. Then builds several instances of every variant in random order,
+    and times them in turns: training steps, inference at batch 1, inference at the given batch. The optimizer is SGD
+    with a learning rate of 0, so that all steps work on the same weights.
 
     Args:
         name: Name of the network.
@@ -123,7 +123,7 @@ class _Instance:
 
 
 def _instances(variants: list[Variant], settings: Settings) -> dict[str, list[_Instance]]:
-    """Builds all instances in an order drawn by chance: where an instance lies in memory depends on it."""
+    """Builds all instances in random order, because their places in memory depend on the order."""
     order = [variant for variant in variants for _ in range(settings.instances)]
     random.Random(0).shuffle(order)
     instances: dict[str, list[_Instance]] = {variant.name: [] for variant in variants}
@@ -133,7 +133,7 @@ def _instances(variants: list[Variant], settings: Settings) -> dict[str, list[_I
 
 
 def _try(plain: Variant, settings: Settings, images: torch.Tensor, targets: torch.Tensor) -> None:
-    """One step of the plain network, so that a network that takes no such images is reported in one line."""
+    """Runs a training and an inference step of the plain network, and reports a failure in one line."""
     network = settings.placed(plain.build()).train()
     try:
         training_step(network, torch.optim.SGD(network.parameters(), lr=0.0), images, targets, settings.autocast)

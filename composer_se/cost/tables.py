@@ -18,12 +18,12 @@ from composer_se.show.text import plural
 
 __all__ = ["as_dict", "conditions", "print_study"]
 
-# Broken, so that the tables fit into 80 columns.
+# With a line break, so that the tables fit 80 columns.
 _SETTING = "min_\nchannels"
 
 
 def print_study(study: Study, console: Console) -> None:
-    """Prints the settings, the exact costs, the timings and, if measured, ours against the built-in."""
+    """Prints the settings, the machine, all tables and the notes."""
     console.print(f"[bold]{study.network}[/bold]: {conditions(study)}", highlight=False)
     console.print(str(study.machine), highlight=False)
     console.print(_counts_table(study))
@@ -106,7 +106,7 @@ def _against_table(study: Study) -> Table:
 
 
 def _against_composer(study: Study) -> dict[str, dict[str, tuple[Interval, Interval]]]:
-    """Per setting and kind of step, our time over the built-in's on the same convs, and our overhead over its."""
+    """By setting and kind of step: our time and our overhead, each divided by the built-in's on the same convs."""
     return {
         str(ours.min_channels): {
             kind: (levels.ratio(ours.name, theirs.name), levels.overhead(ours.name, theirs.name, PLAIN))
@@ -138,7 +138,7 @@ def _layers_table(times: LayerTimes, mode: str) -> Table:
 
 
 def _beside_plain(value: int, plain: int, unit: str) -> str:
-    """An amount in the thousands of the plain network's, and below it the ratio to that."""
+    """An amount in the plain network's unit (k, M, G), and below it the ratio to the plain network's amount."""
     scale, prefix = next(((s, p) for s, p in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if plain >= s), (1.0, ""))
     amount = f"{value / scale:.2f} {prefix}{unit}"
     return amount if value == plain or not plain else f"{amount}\n{value / plain:.4f}"
@@ -152,7 +152,7 @@ def _span(passes: tuple[int, ...]) -> str:
 
 
 def as_dict(study: Study) -> dict[str, Any]:
-    """All results, every timed visit included."""
+    """All results, including the time of every visit."""
     found: dict[str, Any] = {
         "network": study.network,
         "settings": asdict(study.settings)

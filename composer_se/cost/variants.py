@@ -1,4 +1,4 @@
-"""Makes the variants of one network that are compared, and finds their SE layers."""
+"""Makes the variants of a network that a study compares, and finds their SE layers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Variant:
     code: str  # whose SE it has: "plain" (none), "composer-se" or "composer"
     min_channels: str | None  # as printed ("128", "auto (512)"); None for the plain network
     layers: tuple[str, ...]  # qualified names of the convs or norms that have SE
-    # Makes an instance on the CPU. Where variants have the same parameters, all instances have the same weights.
+    # Returns a new instance on the CPU. Variants with the same parameters get the same weights in all instances.
     build: Callable[[], nn.Module]
 
 
@@ -40,10 +40,10 @@ def make_variants(
     *,
     against_composer: bool,
 ) -> tuple[list[Variant], list[str]]:
-    """The plain network, ours for each setting of `min_channels`, and Composer's built-in on the same layers.
+    """Makes the plain network, ours for each setting of `min_channels`, and Composer's built-in on the same layers.
 
-    Behind norms, where Composer's algorithm puts no block, its layer is put by hand. The network is copied, never
-    changed.
+    Inserts Composer's layers itself, because Composer's algorithm puts no block after a norm. The network is copied,
+    never changed.
 
     Returns:
         The variants, the plain network first, and a line for each setting that was left out because no conv
@@ -68,7 +68,7 @@ def make_variants(
         build = _seeded(network, lambda copied, options=options: apply_squeeze_excite(copied, **asdict(options)))
         variants.append(Variant(f"ours {label}", "composer-se", label, tuple(layers), build))
         if against_composer:
-            composers_layers()  # complains now, not when a variant is built
+            composers_layers()  # raises now, not when a variant is built
             build = _seeded(network, lambda copied, layers=layers: _apply_composers(copied, layers))
             variants.append(Variant(f"built-in {label}", "composer", label, tuple(layers), build))
     if len(variants) == 1:
@@ -77,7 +77,7 @@ def make_variants(
 
 
 def _seeded(network: nn.Module, convert: Callable[[nn.Module], object]) -> Callable[[], nn.Module]:
-    """Makes copies of a network that are all converted with the same random weights."""
+    """Returns a function that copies and converts a network, always with the same random weights."""
 
     def build() -> nn.Module:
         copied = copy.deepcopy(network)
@@ -90,7 +90,7 @@ def _seeded(network: nn.Module, convert: Callable[[nn.Module], object]) -> Calla
 
 
 def _layers(network: nn.Module, chosen: Iterable[ConvChoice], placement: str) -> dict[str, tuple[int, int]]:
-    """The convs, or the norms after them, that get SE, by name: channels and width of the block."""
+    """The channels and hidden width of each block, by the name of the conv or norm that gets it."""
     names = {module: name for name, module in network.named_modules()}
     layers = {choice.conv if placement == "conv" else choice.norm: choice for choice in chosen}
     return {names[layer]: (choice.conv.out_channels, choice.latent_channels) for layer, choice in layers.items()}
@@ -106,7 +106,7 @@ def _apply_composers(network: nn.Module, layers: Mapping[str, tuple[int, int]]) 
             if isinstance(layer, nn.Conv2d)
             else nn.Sequential(layer, composers.SqueezeExcite2d(channels, width))
         )
-    # A conv may sit in several places; each of them gets the one wrapper.
+    # Several names may share a layer; they also share its wrapper.
     for name, module in list(network.named_modules(remove_duplicate=False)):
         if module in wrappers:
             network.set_submodule(name, wrappers[module])
@@ -127,9 +127,9 @@ def composers_layers() -> Any:
 
 @dataclass(frozen=True)
 class CalledLayer:
-    """An SE layer that a network calls, the norm after its conv, and what layer and norm get for one image.
+    """An SE layer that a network calls, the norm after its conv, and the inputs of both for one image.
 
-    The layer is a conv and its block, or a norm and its block.
+    The layer is a conv with its block, or a norm with its block.
     """
 
     wrapper: nn.Module
@@ -142,12 +142,12 @@ class CalledLayer:
 def called_layers(
     network: nn.Module, names: Iterable[str], image: torch.Tensor, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> list[CalledLayer]:
-    """The SE layers of these names that the network calls for an image."""
+    """Runs the network on an image, and returns the named SE layers that it calls."""
     wrappers = {network.get_submodule(name): _bare(network.get_submodule(name)) for name in names}
     seen: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def remember(bare: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        # A copy, since the block may write over the output.
+        # A copy, since the block may overwrite the output.
         seen.setdefault(bare, (args[0], output.clone() if isinstance(bare, nn.Conv2d) else args[0]))
 
     handles = [bare.register_forward_hook(remember) for bare in wrappers.values()]

@@ -1,7 +1,7 @@
 """Analyses gates by class, and the accuracy that is lost without them.
 
-After section 6.4 of Squeeze-and-Excitation Networks (Hu et al., https://arxiv.org/abs/1709.01507): gates of shallow
-layers are much the same for all classes, those of deep ones depend on the class, and those of the last may do nothing.
+Follows section 6.4 of Squeeze-and-Excitation Networks (Hu et al., https://arxiv.org/abs/1709.01507). There, gates of
+shallow layers hardly depend on the class, gates of deep layers do, and gates of the last layers hardly matter.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ __all__ = ["Analysis", "LayerGates", "Score", "analyse", "on_device", "score"]
 
 @dataclass(frozen=True)
 class Score:
-    """The accuracy on some images, and its change from the network as it is, with the 95 % interval over images."""
+    """The accuracy on some images, and its change from the unmodified network, with a 95 % interval."""
 
     accuracy: float
     change: Interval
 
     @property
     def harmless(self) -> bool:
-        """Says that these images show no loss of accuracy."""
+        """True if these images show no loss of accuracy."""
         return not self.change.high < 0
 
 
 @dataclass(frozen=True)
 class LayerGates:
-    """The gates of one layer. Tensors have one number for each channel."""
+    """The gates of one layer."""
 
-    name: str  # of the conv that carries the block
+    name: str  # of the conv or norm that has the block
     overall: GateStatistics
     by_class: list[GateStatistics | None]  # None for a class without images
-    # How much of the gates' variance over images the class explains: 0 for gates that know nothing of it, 1 for gates
-    # that know nothing else.
+    # Share of the gates' variance over images that the class explains: 0 if the gates don't depend on the class, 1 if
+    # they depend on nothing else.
     class_share: float
     channel_means: Tensor  # (C,)
     channel_stds: Tensor  # over images, (C,)
@@ -60,7 +60,7 @@ class LayerGates:
 
 @dataclass(frozen=True)
 class Analysis:
-    """All layers, from shallow to deep, and the accuracy of the network as it is."""
+    """All layers in model order, and the accuracy with all gates."""
 
     layers: list[LayerGates]
     accuracy: float
@@ -74,13 +74,13 @@ def analyse(
 ) -> Analysis:
     """Observes all gates on held-out images, then fixes those of one layer at a time.
 
-    A fixed gate is the mean of its channel over these images, the best that a block could do without looking at the
-    image. It can be multiplied into the conv's weights, so a layer that survives this needs no block at inference.
-    Gates of 1 would change the scale that the next normalisation layer expects, and measure that.
+    A fixed gate is the mean of its channel over these images. It can be multiplied into the layer's weights, so a layer
+    that loses no accuracy needs no block at inference. Gates fixed at 1 would also change the scale that the next
+    normalisation layer expects.
 
     Args:
-        network: The network, in evaluation mode. It has the same weights and no hooks afterwards.
-        batches: Yields (images, labels), labels being class numbers; gone through twice.
+        network: The network, in evaluation mode. It is not changed.
+        batches: Yields (images, class numbers); iterated over twice.
         advance: Called with the task, the batches done, and their number (0 if unknown).
 
     Raises:
@@ -121,7 +121,7 @@ def analyse(
 
 
 def on_device(batches: Iterable[Any], network: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images and labels of batches, where the network is.
+    """Yields the images and labels of batches on the network's device.
 
     Raises:
         UserError: The labels are no class numbers.
@@ -135,7 +135,7 @@ def on_device(batches: Iterable[Any], network: nn.Module) -> Iterator[tuple[Tens
 
 @torch.no_grad()
 def _observe(network: nn.Module, blocks: dict[str, Any], images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The outputs for a batch, and the terms of every layer that ran."""
+    """Runs a batch, and returns the outputs and the `gate_terms` of every layer that ran."""
     terms: dict[str, list[Tensor]] = {name: [] for name in blocks}
     with observing(blocks, lambda name, logits: terms[name].append(gate_terms(logits, blocks[name].gate_limit))):
         outputs = network(images)
@@ -149,12 +149,12 @@ def _with_fixed_gate(network: nn.Module, block: Any, logits: Tensor, images: Ten
 
 
 def _repeated(labels: Tensor, terms: Tensor) -> Tensor:
-    """The labels once per call of the layer, for a layer that runs several times in one forward pass."""
+    """The labels, repeated for each call of a layer that runs several times in one forward pass."""
     return labels.repeat(len(terms) // len(labels))
 
 
 def score(before: Tensor, after: Tensor) -> Score:
-    """Judges which images were classified correctly, (N,), by the verdicts on the same images before."""
+    """Scores the images classified correctly after a change against those before, (N,) booleans each."""
     lost, gained = int((before & ~after).sum()), int((~before & after).sum())
     return Score(float(after.double().mean()), change_of_share(lost, gained, len(before)))
 

@@ -1,4 +1,4 @@
-"""Statistics of the gates of Squeeze-and-Excitation blocks, from sums that add up over batches and processes."""
+"""Computes statistics of the gates of Squeeze-and-Excitation blocks, from sums over batches and processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ __all__ = ["NEAR", "GateStatistics", "describe", "gate_sums", "gate_terms", "mom
 __all__ += ["observing", "se_blocks"]
 
 NEAR = 0.05
-"""A gate is near 0 below this, near 1 above its complement. Its slope is then less than a fifth of the largest."""
+"""A gate is near 0 below this share of its limit, and near 1 above 1 minus this share.
+
+The sigmoid's slope is then less than a fifth of its largest.
+"""
 
 _WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+|_(fsdp_wrapped|checkpoint_wrapped|orig)_mod(ule)?\.")
 
@@ -29,27 +32,27 @@ class GateStatistics:
     """The gates of one layer over a set of samples."""
 
     mean: float  # over samples and channels
-    # How far one channel's gate varies with the sample: root of the variance over samples, averaged over channels. 0
-    # means that the block scales every channel by a fixed number.
+    # Root of the gates' variance over samples, the variance averaged over channels. 0 means that the block scales every
+    # channel by a fixed number.
     std_over_samples: float
-    std_over_channels: float  # how far the mean gates of channels differ
+    std_over_channels: float  # standard deviation of the channels' mean gates
     share_near_0: float  # of gates below `NEAR` times their limit
-    share_near_1: float  # of gates above 1 - `NEAR` times their limit
+    share_near_1: float  # of gates above (1 - `NEAR`) times their limit
 
 
 def se_blocks(model: nn.Module) -> dict[str, SqueezeExcite2d]:
-    """The Squeeze-and-Excitation blocks of a model in its order, by the qualified name of the conv that carries them.
+    """The Squeeze-and-Excitation blocks of a model, in model order, by the qualified name of their conv or norm.
 
-    The names don't show the wrappers of Composer, DDP, FSDP and checkpointing.
+    The names are without the prefixes of Composer, DDP, FSDP, checkpointing and `torch.compile`.
     """
     blocks = ((name, module) for name, module in model.named_modules() if isinstance(module, SqueezeExcite2d))
     return {_WRAPPERS.sub("", name).removesuffix(".se"): block for name, block in blocks}
 
 
 def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
-    """Calls ``see`` with the logits of the gate, (..., C), at every forward pass; what it returns replaces them.
+    """Calls ``see`` with the gates' logits, (..., C), at every forward pass. Its result, unless None, replaces them.
 
-    The hook sits on the last linear layer, where it does not force the plain formula, as one on the block would.
+    The hook is on the last linear layer. A hook on the block would switch off the fast formulas.
     """
 
     def hook(_module: nn.Module, _args: Any, logits: Tensor) -> Tensor | None:
@@ -60,7 +63,7 @@ def observe_logits(block: SqueezeExcite2d, see: Callable[[Tensor], Tensor | None
 
 @contextlib.contextmanager
 def observing(blocks: Mapping[str, SqueezeExcite2d], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Calls ``see`` with a block's name and logits at every forward pass within."""
+    """Calls ``see`` with a block's name and logits at every forward pass inside the context."""
     with contextlib.ExitStack() as hooks:
         for name, block in blocks.items():
             hooks.enter_context(observe_logits(block, functools.partial(see, name)))
@@ -74,12 +77,11 @@ def no_sums(block: SqueezeExcite2d, device: torch.device) -> Tensor:
 
 
 def gate_terms(logits: Tensor, limit: float) -> Tensor:
-    """The terms that each sample adds to the sums behind `describe`, from logits and limit of its gates.
+    """The terms that each sample adds to `gate_sums`, from the logits and the limit of its gates.
 
     Returns:
-        Tensor of shape (N, 3 + 2 C) for N samples: 1, how many of the gates are near 0 and near 1, the gates, their
-        squares. In float64, so that a variance is what is left of two large numbers; in float32 on MPS, which has no
-        other.
+        Tensor of shape (N, 3 + 2 C) for N samples: 1, the numbers of gates near 0 and near 1, the gates, their squares.
+        In float64, because a variance is a small difference of large sums; in float32 on MPS, which has no float64.
     """
     dtype = torch.float32 if logits.device.type == "mps" else torch.float64
     shares = torch.sigmoid(logits.detach().reshape(-1, logits.shape[-1]).to(dtype))
@@ -89,14 +91,14 @@ def gate_terms(logits: Tensor, limit: float) -> Tensor:
 
 
 def gate_sums(logits: Tensor, limit: float) -> Tensor:
-    """`gate_terms` summed over samples, (3 + 2 C,). Such sums add up over batches and processes."""
+    """The sum of `gate_terms` over samples, (3 + 2 C,). The sums of batches and processes can be added."""
     return gate_terms(logits, limit).sum(0)
 
 
 def describe(sums: Tensor) -> Tensor:
-    """The statistics of one layer in the order of `GateStatistics`, (5,), from (a sum of) `gate_sums`.
+    """The statistics of one layer in the order of `GateStatistics`, (5,), from `gate_sums`.
 
-    They are NaN where there were no samples.
+    Without samples they are NaN.
     """
     num_samples, near_0, near_1 = sums[:3]
     means, variances = moments(sums)

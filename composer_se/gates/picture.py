@@ -1,4 +1,4 @@
-"""An analysis as one picture."""
+"""Draws an analysis as one picture."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pictured_classes(analysis: Analysis) -> list[int]:
 
 
 def draw(title: str, analysis: Analysis, classes: Sequence[str], path: Path) -> None:
-    """Draws the gates by class and layer, and the two summaries by depth. Of many layers, 20 get a panel."""
+    """Draws the gates by class and layer, and two summaries by depth. At most 20 layers get a panel."""
     shown = [analysis.layers[i] for i in _spread(len(analysis.layers), _MOST_PANELS)]
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
@@ -58,7 +58,7 @@ def draw(title: str, analysis: Analysis, classes: Sequence[str], path: Path) -> 
 
 
 def _spread(count: int, most: int) -> list[int]:
-    """At most so many numbers below `count`, evenly spread."""
+    """At most `most` numbers below `count`, evenly spread."""
     return np.unique(np.linspace(0, count - 1, most).round().astype(int)).tolist()
 
 

@@ -25,7 +25,7 @@ _CAPTION = (
 
 
 def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
-    """Prints a line per layer, and which layers are not shown to need their block."""
+    """Prints a row per layer, the accuracy, and the layers whose fixed gates showed no loss."""
     table = new_table(title, _CAPTION, "layer", _HEADS, side=0)
     for layer in analysis.layers:
         gates, ablation = layer.overall, layer.ablation
@@ -56,7 +56,7 @@ def print_analysis(title: str, analysis: Analysis, console: Console) -> None:
 
 
 def as_dict(analysis: Analysis, classes: Sequence[str]) -> dict[str, Any]:
-    """All numbers of an analysis. Channel by channel they are given for all images and for the pictured classes."""
+    """All numbers of an analysis. Numbers per channel are those of all images and of the pictured classes."""
     layers = []
     for layer in analysis.layers:
         ablation = layer.ablation

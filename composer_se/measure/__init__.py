@@ -1,1 +1,1 @@
-"""Fair timing and confidence intervals, shared by `composer-se cost` and `composer-se compare`."""
+"""Fair timing and confidence intervals, for `composer-se cost`, `compare`, `gates` and `slim`."""

@@ -1,4 +1,4 @@
-"""The machine that a measurement was taken on, in words."""
+"""Describes the machine that a measurement runs on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Machine:
 
     cpu: str  # model name
     cpus: int  # logical processors that this process may use
-    threads: int  # that torch computes with
-    gpu: str | None  # that was measured
+    threads: int  # threads of torch
+    gpu: str | None  # model name of the measured GPU
     torch: str  # version and build
     system: str  # operating system and Python
-    load: float | None  # average over the minute before; 0 on a quiet machine, None if the system has none
+    load: float | None  # load average over the last minute; None if the system has none
 
     def __str__(self) -> str:
         parts = [f"{self.cpu}, {self.cpus} CPUs, {self.threads} torch {'thread' if self.threads == 1 else 'threads'}"]

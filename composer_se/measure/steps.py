@@ -19,7 +19,7 @@ def image_batch(
     """A batch of noise with as many channels as the network's first conv takes.
 
     Returns:
-        Images (N, C, H, W) and targets (N,): whole numbers that `loss_of` folds into the network's classes.
+        Images (N, C, H, W) and targets (N,): whole numbers, which `loss_of` takes modulo the number of classes.
     """
     channels = next((m.in_channels for m in network.modules() if isinstance(m, nn.Conv2d)), 3)
     generator = torch.Generator().manual_seed(0)
@@ -31,7 +31,7 @@ def image_batch(
 
 
 def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of every (N, classes) tensor among the outputs, plus the sum of every other.
+    """Adds the cross entropy of every (N, classes) tensor among the outputs, and the elements of every other tensor.
 
     The outputs are tensors in any nesting (auxiliary heads, dictionaries). Targets are whole numbers (N,), taken modulo
     the number of classes.
@@ -56,7 +56,7 @@ def training_step(
     targets: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """Forward, loss, backward, optimizer step. No gradient scaler, which would cost every variant the same."""
+    """Runs forward, loss, backward and optimizer step, without a gradient scaler: it costs every variant the same."""
     optimizer.zero_grad(set_to_none=True)
     with autocast():
         loss = loss_of(network(images), targets)
@@ -69,6 +69,6 @@ def inference_step(
     images: torch.Tensor,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> None:
-    """A forward pass in inference mode; the network is expected in eval mode."""
+    """Runs a forward pass in inference mode. The network must be in evaluation mode."""
     with torch.inference_mode(), autocast():
         network(images)

@@ -17,7 +17,7 @@ LEAST_STEPS, MOST_STEPS = 3, 100
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has finished its work. Does nothing on the CPU."""
+    """Waits until a CUDA device has finished its work. Does nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -26,8 +26,8 @@ def steps_per_visit(seconds_per_step: float) -> tuple[int, int]:
     """The numbers of untimed and of timed steps of a visit.
 
     Returns:
-        `(untimed, timed)`: about a second of timed steps, at least three, after a quarter as many untimed ones, at
-        least two. The first steps after another variant are slow: they fault in memory that the allocator gave back.
+        `(untimed, timed)`. The timed steps, 3 to 100, take about a second. The untimed steps before them are a quarter
+        as many, at least 2: the first steps after another variant are slow, because memory must be allocated again.
     """
     timed = min(MOST_STEPS, max(LEAST_STEPS, round(VISIT_SECONDS / max(seconds_per_step, 1e-9))))
     return max(2, timed // 4), timed
@@ -46,16 +46,16 @@ def time_in_turns(
     """Times one step of every instance of every variant, once a round, in random order.
 
     Args:
-        steps: Per variant, per instance, a function that does one step.
+        steps: By variant and instance, a function that runs one step.
         rounds: Visits to every instance.
         device: The device of the steps. The clock waits for it before and after each timed step.
         seed: The seed of the order.
-        visit: Untimed and timed steps of a visit. Default: those of `steps_per_visit`, from a trial of the first step.
-        leave: Called with variant and instance after each visit, to free what the visit left (gradients).
+        visit: The numbers of untimed and timed steps of a visit. Default: `steps_per_visit`, from one timed step.
+        leave: Called with variant and instance after each visit, to free gradients for instance.
         visited: Called after each visit.
 
     Returns:
-        Per variant, per instance, the median time in seconds of the timed steps of each visit.
+        By variant and instance, the median time in seconds of the timed steps of each visit.
     """
     order = [(name, i) for name, instances in steps.items() for i in range(len(instances))]
     if visit is None:
@@ -79,7 +79,7 @@ def time_in_turns(
 
 
 def time_step(step: Callable[[], object], device: torch.device) -> float:
-    """How long one step takes, in seconds, without Python's garbage collection in it."""
+    """The time of one step in seconds, with Python's garbage collection switched off."""
     enabled = gc.isenabled()
     gc.disable()
     try:

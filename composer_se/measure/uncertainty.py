@@ -1,4 +1,4 @@
-"""A number with its 95 % confidence interval, and the two that most measurements end in."""
+"""Computes 95 % confidence intervals of differences, ratios and shares."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        """The upper half of the interval. The halves differ for intervals of logarithms."""
+        """The distance from the value to the upper end. The lower distance differs if logarithms were averaged."""
         return self.high - self.value
 
     def excludes(self, value: float) -> bool:
-        """Says that the interval lies on one side of a value. An unknown interval excludes nothing."""
+        """True if the whole interval is above or below a value. An unknown interval excludes nothing."""
         return self.low > value or self.high < value
 
     def with_spread(self, separator: str = " ") -> str:
@@ -35,7 +35,7 @@ class Interval:
         return f"{self.value:.{digits}f}{separator}±{self.half_width:.{digits}f}"
 
     def __str__(self) -> str:
-        """The number as a ratio; 1 is no difference."""
+        """The ratio with its spread: in brackets if the interval includes 1, "not resolved" if it is unknown."""
         if math.isnan(self.half_width):
             return "not resolved"
         shown = self.with_spread()
@@ -43,19 +43,19 @@ class Interval:
 
 
 def students_t(degrees: int) -> float:
-    """Student's t for 95 %, both sides; NaN for no degrees of freedom."""
+    """The two-sided 95 % quantile of Student's t distribution; NaN for no degrees of freedom."""
     return float(t.ppf(0.975, degrees))
 
 
 def pairs_needed(difference: float, deviation: float, chance: float) -> int | None:
-    """About how many pairs would show a difference, with a chance, by the 95 % interval of `mean_difference`.
+    """The approximate number of pairs that show a difference by the 95 % interval of `mean_difference`.
 
     At a chance of 0.5 the interval's half width is about the difference.
 
     Args:
         difference: The difference to show.
         deviation: The standard deviation of the difference from pair to pair.
-        chance: The probability to show it.
+        chance: The probability that so many pairs show it.
 
     Returns:
         The number of pairs, 2 or more; None where it is over 10,000.
@@ -69,10 +69,10 @@ def pairs_needed(difference: float, deviation: float, chance: float) -> int | No
 
 
 def change_of_share(lost: int, gained: int, total: int) -> Interval:
-    """The change of a share of things that were looked at before and after, of which some were lost and some gained.
+    """The change of a share of `total` things when `lost` of them leave it and `gained` of them join it.
 
-    The interval is that of Agresti and Min (2005) for paired shares. It adds half a thing to each outcome, so that it
-    says what so many things can't show even where none of them changes.
+    The interval is that of Agresti and Min (2005) for paired shares. It adds half a thing to each of the four outcomes,
+    so it has a width even if nothing changes.
     """
     change, n = (gained - lost) / total, total + 2
     half = 1.96 * math.sqrt(lost + gained + 1 - (gained - lost) ** 2 / n) / n
@@ -88,8 +88,8 @@ def mean_difference(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 def ratio_of_means(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
     """The mean of `ours` over the mean of `theirs`.
 
-    The interval is that of the linearised ratio (the delta method) over the pairs. The state of the machine, which both
-    members of a pair share, cancels.
+    The interval is that of the linearised ratio (the delta method) over the pairs. Both members of a
+    pair share the state of the machine, so it cancels.
     """
     ratio = mean(ours) / mean(theirs)
     return _around(ratio, [(a - ratio * b) / mean(theirs) for a, b in zip(ours, theirs, strict=True)])

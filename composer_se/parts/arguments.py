@@ -66,7 +66,7 @@ def check_arguments(
 
 
 def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: Any) -> Any:
-    """Calls `target`, turning its complaint about a value into a `UserError` that names the key path."""
+    """Calls `target`. If it raises an error about a value, raises a `UserError` that names the key path."""
     try:
         return target(*args, **kwargs)
     except UserError:

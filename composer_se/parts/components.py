@@ -23,7 +23,7 @@ from composer_se.parts.own_parts import own_part
 
 __all__ = ["components", "resolve"]
 
-# Ours come first, in place of Composer's of the same name, which stays within reach for comparisons.
+# Ours replace Composer's of the same name. Composer's gets another name, for comparisons.
 _OURS = {
     "algorithms": {"squeeze_excite": SqueezeExcite, "composer_squeeze_excite": ComposerSqueezeExcite},
     "callbacks": {"gate_monitor": GateMonitor},
@@ -100,7 +100,7 @@ def resolve(section: str, name: str, path: str) -> Callable[..., Any]:
 
 
 def _fits(made: Any, section: str) -> bool:
-    """Says that an object can be used in a section; a scheduler is anything that can be called as one."""
+    """True if an object can be used in a section. A scheduler is anything that takes two arguments when called."""
     if section != "scheduler":
         return isinstance(made, _SOURCES[section][1])
     try:

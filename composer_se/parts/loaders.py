@@ -1,4 +1,4 @@
-"""From the images of a data set to batches that are the same however often a run was killed.
+"""Loads batches of images, which are the same however often a run is killed and resumed.
 
 A random transform is a function of (seed, epoch, index) and of nothing else. So a run that was killed in the middle of
 an epoch sees the same images when it resumes, whatever the number of data workers, and adding a worker or a process
@@ -32,7 +32,7 @@ class Images:
     Attributes:
         images: A map-style data set of (image, label) without transforms.
         transform: Makes a tensor of an image; None where the images are tensors.
-        needs_workers: Reading an image takes so long that processes of its own pay.
+        needs_workers: True if reading images is so slow that worker processes help.
         classes: The names of the classes.
     """
 
@@ -79,7 +79,7 @@ class StreamedImages:
     classes: None = None
 
     def example(self) -> None:
-        """Would have to be fetched first."""
+        """None: no image has been fetched yet."""
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
         """Makes the loader; see `Images`."""

@@ -20,8 +20,8 @@ def own_part(name: str, path: str, expected: str, fits: Callable[[Any], bool]) -
     Args:
         name: `package.module:name`.
         path: The recipe's key that holds the name, such as ``model.name``. Error messages start with it.
-        expected: What it has to make, for the message.
-        fits: Says that it made that.
+        expected: What the function or class must return, for the message.
+        fits: Returns True for an object of the expected kind.
 
     Returns:
         A function with the signature of the user's. It raises a `UserError` where the user's fails or makes something

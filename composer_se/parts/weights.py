@@ -86,7 +86,7 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str)
 class LoadedWeights(Algorithm):
     """Loads a state dict once the other algorithms have changed the network, and before the network is distributed.
 
-    An algorithm, since Composer's callbacks have their turn before the network is changed or after it is distributed.
+    An algorithm, because Composer's callbacks run before the network is changed or after it is distributed.
 
     Args:
         weights: The state dict, saved before or after the surgery.
@@ -105,11 +105,11 @@ class LoadedWeights(Algorithm):
         self.ignored = ignored
 
     def match(self, event: Event, state: State) -> bool:
-        """When the Trainer is made."""
+        """True for `Event.INIT`."""
         return event is Event.INIT
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Loads."""
+        """Loads the weights into the network."""
         network: Any = state.model
         module: nn.Module = network.module
         kept = _under_its_names(self.weights, module)

@@ -1,8 +1,8 @@
-"""Checkpoints on the disk: whether the latest is whole, and which one to fall back on.
+"""Finds damaged checkpoints and the newest whole one, and deletes unfinished ones.
 
 Composer writes `ep{epoch}-ba{batch}-rank0.pt` under its final name, then removes the link `latest-rank0.pt` and makes
-a new one. A run resumes from what the link points to. A kill or a full disk can leave a file cut short that nothing
-points to; a kill at the wrong moment, whole files and no link; a crash of the machine, a link to a damaged file.
+a new one. A run resumes from the file that the link points to. A kill or a full disk can leave an unfinished file. A
+kill after the link was removed leaves no link. A crash of the machine can damage the file that the link points to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NAME = re.compile(r"ep\d+-ba(\d+)-rank0\.pt")
 
 
 def restore_latest(folder: Path) -> None:
-    """Makes the link to the latest checkpoint again if a kill took it. Call it on rank zero only."""
+    """Links to the newest whole checkpoint if the link to the latest is missing. Call it on rank zero only."""
     latest = folder / LATEST
     if os.path.lexists(latest):
         return
@@ -50,15 +50,15 @@ def restore_latest(folder: Path) -> None:
 def check_latest(folder: Path) -> None:
     """Refuses to resume from a damaged checkpoint. Call it on rank zero only.
 
-    The file is read once in full, at the speed of the disk or of a CRC-32: `torch.save` stores checksums,
-    `torch.load` does not compare them, and a run that goes on from garbled weights looks like one that doesn't.
+    Reads the file once in full and compares the checksums that `torch.save` stored. `torch.load` does not compare
+    them, and a run that resumes from damaged weights looks like any other.
 
     Raises:
-        UserError: The latest checkpoint is damaged or gone. Names it, the newest whole one before it, and the command
-            that makes the run continue from there.
+        UserError: The latest checkpoint is damaged, or its link points to a missing file. The message names the newest
+            whole checkpoint, if any, and the command to continue from it or to begin anew.
     """
     latest = folder / LATEST
-    if not os.path.lexists(latest) or latest.is_dir():  # a sharded checkpoint is a folder, with checks of its own
+    if not os.path.lexists(latest) or latest.is_dir():  # a sharded checkpoint is a folder; it is not checked
         return
     fault = _find_fault(latest)
     if fault is None:
@@ -78,10 +78,10 @@ def check_latest(folder: Path) -> None:
 
 
 def check_whole(checkpoint: Path) -> None:
-    """Refuses a checkpoint that is damaged, or gone from under its link.
+    """Refuses a checkpoint that is damaged, or a link to a missing file.
 
     Raises:
-        UserError: It is. For the latest of a run it names the one before, as `check_latest` does.
+        UserError: The checkpoint is damaged or missing. For a run's latest, `check_latest` raises it.
     """
     if checkpoint.name == LATEST:
         check_latest(checkpoint.parent)
@@ -96,23 +96,24 @@ def _newest_whole(folder: Path, but: str = "") -> Path | None:
 
 
 def _find_fault(checkpoint: Path) -> str | None:
-    """Reads a file that `torch.save` wrote in full. Returns its fault, or None when it is whole."""
+    """Reads every record of a file that `torch.save` wrote. Returns its fault, or None when it is whole."""
     try:
         with zipfile.ZipFile(checkpoint) as records:
             garbled = records.testzip()
-    except Exception as error:  # zipfile has another one for every byte that can be wrong
+    except Exception as error:  # zipfile raises many kinds of errors for damaged files
         return getattr(error, "strerror", None) or one_line(error) or type(error).__name__
     return f"wrong checksum of its record {garbled}" if garbled else None
 
 
 def explain_failed_write(error: BaseException, run_folder: Path) -> UserError | None:
-    """The complaint about an error that came out of training, if it is that a file can't be written.
+    """Returns a `UserError` for an error in training that a failed write caused.
 
-    Where the file is a checkpoint, the part of it that was written is deleted. Composer makes `latest-rank0.pt` point
-    to a checkpoint only when it is complete, so the one before is still what the run resumes from.
+    Deletes an unfinished checkpoint. Composer makes `latest-rank0.pt` point to a checkpoint only when it is complete,
+    so the run resumes from the checkpoint before.
 
     Returns:
-        A complaint that names the file, the reason and the room that is left; None when the error is another one.
+        An error that names the file, the reason and the free space; None unless the disk is full or a checkpoint could
+        not be written.
     """
     cause = next((link for link in chain(error) if isinstance(link, OSError) and link.errno), None)
     if cause is None:
@@ -129,13 +130,13 @@ def explain_failed_write(error: BaseException, run_folder: Path) -> UserError | 
 
 
 def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
-    """Deletes the checkpoint whose writing an error or a signal cut short.
+    """Deletes the checkpoint that was being written when an error or a signal came.
 
-    It has to go: torch.save closes the file even then, so that it looks whole, but parts of it are missing. Composer
-    makes the object that writes it, so the name is only found in the error's frames.
+    `torch.save` closes the file even then, so that it looks whole although parts of it are missing. Only the frames of
+    the error hold the file's name.
 
     Returns:
-        Its path; None if no checkpoint was being written.
+        The path of the checkpoint; None if none was being written.
     """
     for link in chain(error):
         for frame, _ in traceback.walk_tb(link.__traceback__):
@@ -147,7 +148,7 @@ def remove_unfinished_checkpoint(error: BaseException) -> Path | None:
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An error and those before it: torch.save covers the failure of a write with a complaint of its own."""
+    """Yields an error and the errors before it. After a failed write, `torch.save` raises an error of its own."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

@@ -1,4 +1,4 @@
-"""The processes of a run agree on their threads, on what rank zero reads from the disk, and on batch norm."""
+"""Sets up the processes of a run, and broadcasts what rank zero reads and its buffers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def join_processes(recipe: Recipe) -> None:
-    """Gives this process its threads, and lets the processes of a launch talk to each other."""
+    """Sets the number of threads, and initializes torch.distributed if there are several processes."""
     batch, size = recipe.train_batch_size // dist.get_world_size(), image_size(recipe.train_dataset)
     threads = threads_for(batch * size**2) if size else None  # None: one for each core of this process
     if threads is not None:
@@ -34,7 +34,7 @@ def from_rank_zero(read: Callable[[], T]) -> T:
     """Calls a function on rank zero alone and returns its value on all ranks.
 
     Raises:
-        UserError: On all ranks, when rank zero met it.
+        UserError: `read` raised it on rank zero. All ranks raise it.
     """
     message: list[Any] = [None, None]
     if dist.get_global_rank() == 0:
@@ -51,9 +51,9 @@ def from_rank_zero(read: Callable[[], T]) -> T:
 class SameBuffers(Callback):
     """Broadcasts rank zero's buffers to all processes before an evaluation.
 
-    Distributed training keeps weights equal, but each process updates the running statistics of batch norm with its
-    own images until the next training step. Without this, the processes would measure slightly different networks,
-    and none but rank zero the one that the checkpoint holds.
+    After a training step the weights are equal on all processes, but each process has updated the running statistics
+    of batch norm with its own images. Without the broadcast, each process would evaluate a slightly different network.
+    The checkpoint holds rank zero's.
     """
 
     def eval_before_all(self, state: State, logger: Logger) -> None:

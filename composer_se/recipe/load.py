@@ -20,7 +20,7 @@ __all__ = ["as_yaml", "find_recipe", "load_recipe", "shipped_recipes"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 
-# PyYAML and OmegaConf raise these, beside errors of their own, for values such as `2024-13-45`, `!!bool maybe` or lists
+# PyYAML and OmegaConf raise these, besides their own errors, for values such as `2024-13-45`, `!!bool maybe` or lists
 # nested a thousand deep.
 _PARSER_ERRORS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, RecursionError)
 
@@ -32,15 +32,15 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: The path of a YAML file, or the name of a shipped recipe.
-        overrides: `dotted.key=value` strings, applied in order; the value is YAML, and a mapping replaces what
-            the recipe has there instead of being merged into it.
+        overrides: `dotted.key=value` strings, applied in order. The value is YAML. A mapping replaces the recipe's
+            mapping and is not merged into it.
 
     Returns:
         The recipe with defaults filled in and every `${...}` resolved.
 
     Raises:
-        UserError: The file is missing or no YAML, a key is unknown or missing, or a value has the wrong type or can't
-            be what the recipe means.
+        UserError: The file is missing or not YAML, a key is unknown or missing, or a value has the wrong type or is
+            out of range.
     """
     path = find_recipe(recipe)
     config = OmegaConf.structured(Recipe)
@@ -70,7 +70,7 @@ def as_yaml(recipe: Recipe) -> str:
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The shipped recipes by name: those inside the installed package, or of the source checkout beside it."""
+    """The shipped recipes by name, from the installed package or from the source checkout."""
     for folder in (_PACKAGE / "yamls", _PACKAGE.parent / "yamls"):
         if folder.is_dir():
             return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -78,13 +78,13 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(recipe: str) -> Path:
-    """Turns what the user typed into the path of a recipe.
+    """Finds the file of a recipe.
 
     Args:
         recipe: A path, or the name of a shipped recipe.
 
     Returns:
-        The path of a file. An existing file wins over a shipped recipe of the same name.
+        The path of a file. An existing file takes precedence over a shipped recipe of the same name.
 
     Raises:
         UserError: There is no such file and no such shipped recipe.
@@ -129,7 +129,7 @@ def _apply(config: DictConfig, override: str) -> None:
         # OmegaConf's own loader, so that 1e-4 is a number here as it is in a recipe file.
         parsed = OmegaConf.create(f"value: {text}" if text.strip() else "value: ''")
         value = cast(dict, OmegaConf.to_container(parsed, resolve=False))["value"]
-        if dot and section in config and config[section] is None:  # which OmegaConf refuses from 2.4 on
+        if dot and section in config and config[section] is None:  # OmegaConf from 2.4 on can't set a key below null
             config[section] = {}
         OmegaConf.update(config, key, value, merge=False)
     except OmegaConfBaseException:
@@ -141,7 +141,7 @@ def _apply(config: DictConfig, override: str) -> None:
 
 
 def _explain(error: OmegaConfBaseException) -> str:
-    """One line for an error of OmegaConf, naming the key by its full path."""
+    """Returns one line about an error of OmegaConf, with the full path of the key."""
     key = error.full_key or (str(error.key) if error.key is not None else "recipe")
     problem = one_line(str(error.msg or error).split("\n")[0])
     if isinstance(error, ConfigKeyError) and "." not in key:
@@ -157,7 +157,7 @@ def _explain(error: OmegaConfBaseException) -> str:
 
 
 def _check_values(value: Any, key: str) -> None:
-    """Refuses what no key means and what could not be written down again or passed on."""
+    """Refuses numbers that are too large or not finite, and strings that can't be written to a file."""
     if isinstance(value, dict):
         for name, content in value.items():
             _check_values(content, f"{key}.{name}" if key else str(name))
@@ -173,7 +173,7 @@ def _check_values(value: Any, key: str) -> None:
 
 
 def _check_shape(recipe: Recipe) -> None:
-    """Checks what the types of the schema leave open: the insides of the sections."""
+    """Checks the contents of the sections, which the schema leaves open."""
     for section in NAMED_SECTIONS:
         content = getattr(recipe, section)
         if content is not None and not isinstance(content.get("name"), str):

@@ -1,4 +1,4 @@
-"""Metrics as JSON lines, exact across kills and resumes."""
+"""Writes metrics as JSON lines: each step once, also when the run is killed and resumed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from composer_se.files import replace_file, writing
 __all__ = ["MetricsFile"]
 
 
-# Composer logs the position at the start of a batch; each line has the position at its end.
+# Left out: Composer logs the position at the start of a batch, our lines have the position at its end.
 _POSITION = frozenset(
     f"time/{unit}"
     for unit in ("epoch", "batch", "sample", "token", "batch_in_epoch", "sample_in_epoch", "token_in_epoch")
@@ -28,8 +28,8 @@ class MetricsFile(LoggerDestination):
     """Writes one line per training step, per epoch and per evaluation, on rank zero.
 
     A line is an object with the completed `epoch`s, `batch`es and `sample`s, and every number that was logged since
-    the line before. A number that is not finite is null. When a run resumes, lines from after its checkpoint are
-    dropped, since those steps are trained again.
+    the line before. A number that is not finite is null. A run that resumes drops the lines after its checkpoint, since
+    it trains these steps again.
 
     Args:
         path: The file. Created when training starts.
@@ -46,7 +46,7 @@ class MetricsFile(LoggerDestination):
         self._pending: dict[str, float | None] = {}
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
-        """Keeps what algorithms report about themselves; it goes into the summary, not into the file."""
+        """Keeps the hyperparameters for the summary. The file does not have them."""
         self.hyperparameters.update(hyperparameters)
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
@@ -74,7 +74,7 @@ class MetricsFile(LoggerDestination):
             file.write(json.dumps(position | pending) + "\n")
 
     epoch_end = eval_end = batch_end
-    eval_standalone_start = fit_start  # a line that was cut short would make one with the next
+    eval_standalone_start = fit_start  # drops a line cut short, or the next would be appended to it
 
 
 def _as_number(value: Any) -> float | None:

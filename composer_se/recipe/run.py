@@ -1,4 +1,4 @@
-"""One training run, from a recipe to the summary at its end."""
+"""Trains a recipe and writes its summary."""
 
 from __future__ import annotations
 
@@ -41,26 +41,26 @@ from composer_se.recipe.validate import RunPlan, advise_identity, make_plan, squ
 
 __all__ = ["exit_code_of", "train"]
 
-# The summary holds these of all metrics.
+# The summary holds the metrics whose names start like this.
 _FINAL_METRICS = ("metrics/eval/", "loss/train/total", "throughput/samples_per_sec")
 
-# Exit codes after SIGINT and SIGTERM, as shells report them; Composer's handlers give the same.
+# Exit codes after SIGINT and SIGTERM, as shells report them. Composer's handler uses the same codes.
 _INTERRUPTED = (130, 143)
 
 
 def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str, Any], bool]:
-    """Trains a run to its end, from its last checkpoint if there is one, unless it is complete already.
+    """Trains a run to its end, from its last checkpoint if it has one. Does not train a complete run again.
 
     Args:
         recipe: The run.
-        callbacks: Callbacks of the caller's, beside those of the recipe. They must not touch what is trained.
+        callbacks: Further callbacks, besides the recipe's. They must not change the training.
 
     Returns:
-        The run's summary, as `summary.json` holds it, and whether the run was complete before.
+        The content of `summary.json`, and True if the run was complete before.
 
     Raises:
         UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
-            damaged: nothing was written. Or the run could not write a file: it continues when there is room.
+            damaged. Or a file could not be written; the next call continues the run.
     """
     started = time.monotonic()
     plan = make_plan(recipe)
@@ -72,7 +72,7 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
     if not _is_trained(trainer):
         trainer.fit()
     elif trainer.state.evaluators:
-        trainer.eval()  # which was interrupted
+        trainer.eval()  # the run was stopped in its last evaluation
     summary = _summarise(recipe, trainer, metrics, time.monotonic() - started)
     end_trainer(trainer)
     if dist.get_global_rank() == 0:
@@ -81,14 +81,14 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
 
 
 def exit_code_of(work: Callable[[], object], folder: Path) -> int:
-    """Does work that trains, and tells a signal from a failure.
+    """Calls a function that trains, and returns an exit code.
 
     Args:
-        work: Called without arguments.
-        folder: It writes there; for the complaint.
+        work: The function, called without arguments.
+        folder: The folder it writes to, for the error message.
 
     Returns:
-        0 when it came to its end, 130 or 143 when SIGINT or SIGTERM came before.
+        0 when `work` has returned, 130 after SIGINT, 143 after SIGTERM.
 
     Raises:
         UserError: A file could not be written.
@@ -110,10 +110,10 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Ends the work at the first signal, as Composer's handler does, which this one replaces.
+    """Exits at the first signal. It replaces Composer's handler, which does the same.
 
-    The launcher answers Ctrl-C with SIGTERM to all processes. That signal is ignored: it would interrupt the exit that
-    the first one began, and the message to the user. A second Ctrl-C still ends the process.
+    At Ctrl-C the launcher also sends SIGTERM to all processes. This SIGTERM is ignored, since it would interrupt the
+    exit and the message to the user. A second Ctrl-C still ends the process.
     """
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.exit(128 + number)
@@ -123,7 +123,7 @@ def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the summary of the run if it is complete already. Call it on rank zero only.
 
     Raises:
-        UserError: The folder holds another recipe's run, or a latest checkpoint that is damaged.
+        UserError: The folder holds the run of another recipe, or the latest checkpoint is damaged.
     """
     checkpoints = None if "://" in recipe.save_folder else Path(recipe.save_folder)
     if checkpoints:
@@ -145,15 +145,15 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
     metrics = MetricsFile(Path(recipe.run_folder) / "metrics.jsonl")
     options = {key: getattr(recipe, key) for key in keys("trainer")}
     if parts.eval_loader is None:
-        options["eval_interval"] = 1  # the Trainer warns of any other interval when there is nothing to evaluate
-    if squeeze_excite_options(recipe) is not None:  # our blocks take the place of the built-in's
+        options["eval_interval"] = 1  # the Trainer warns about any other interval when there is nothing to evaluate
+    if squeeze_excite_options(recipe) is not None:  # our blocks replace those of Composer's built-in
         options["load_exclude_algorithms"] = [*(recipe.load_exclude_algorithms or ()), "SqueezeExcite"]
     advise_identity(plan, weights)
     if weights is not None:
         strict, ignored = recipe.load_strict_model_weights, recipe.load_ignore_keys or ()
         parts.algorithms.append(LoadedWeights(weights, str(recipe.load_path), strict, ignored))
         options["load_path"] = None
-    # Rank zero knows: the folder may be on its node alone.
+    # Rank zero looks: the folder may be on rank zero's node alone.
     starts_elsewhere = recipe.load_path is not None and from_rank_zero(lambda: not is_under_way(recipe))
     run_folder = Path(recipe.run_folder)
     new_folders = [folder for folder in (run_folder, *run_folder.parents) if not folder.exists()]
@@ -164,7 +164,7 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
             callbacks=[*own_callbacks, *callbacks, SameBuffers()],
             loggers=[*loggers, metrics],
             autoresume=True,
-            save_overwrite=True,  # a checkpoint cut short by a kill must not be in the way of its successor
+            save_overwrite=True,  # else an unfinished checkpoint would stop the run
             **options,
         )
         if starts_elsewhere:
@@ -188,10 +188,10 @@ def _build(recipe: Recipe, plan: RunPlan, callbacks: Sequence[Callback]) -> tupl
 
 
 def _say_where_load_path_begins(recipe: Recipe, trainer: Trainer) -> None:
-    """A checkpoint brings its clock along.
+    """Prints the epoch and batch of the checkpoint that a run starts from.
 
     Raises:
-        UserError: The clock stands at the end.
+        UserError: The checkpoint is at or after the end of the run.
     """
     if _is_trained(trainer):
         raise UserError(
@@ -207,10 +207,10 @@ def _position(trainer: Trainer) -> str:
 
 
 def _remove(new_folders: list[Path]) -> None:
-    """Removes the run folder, and the folders above it as long as no other run has put anything there meanwhile.
+    """Removes the run folder, and the new folders above it as far as they are empty.
 
     Args:
-        new_folders: The run folder and those above it, upwards, that did not exist before this run.
+        new_folders: The run folder, then its parents upwards, as far as they did not exist before this run.
     """
     if not new_folders:
         return
@@ -222,7 +222,7 @@ def _remove(new_folders: list[Path]) -> None:
 
 
 def _is_trained(trainer: Trainer) -> bool:
-    """True when the checkpoint is that of the last step: the run was stopped in its last evaluation."""
+    """True when the checkpoint has no training step left."""
     end = trainer.state.max_duration
     return end is not None and trainer.state.timestamp.get(end.unit) >= end
 
@@ -249,10 +249,10 @@ def _summarise(recipe: Recipe, trainer: Trainer, metrics: MetricsFile, seconds: 
 
 
 def _interruption_behind(error: BaseException) -> int | None:
-    """The exit code of the signal behind an error: one that came while a file was written makes its writer complain."""
+    """The exit code of the signal that caused an error, or None. A signal can make a write raise another error."""
     for link in chain(error):
         if isinstance(link, KeyboardInterrupt):
             return 130
-        if isinstance(link, SystemExit) and link.code in _INTERRUPTED:  # Composer turns signals into these
+        if isinstance(link, SystemExit) and link.code in _INTERRUPTED:  # from `_stop`, or from Composer's handler
             return int(link.code)
     return None

@@ -4,7 +4,7 @@ RUN_FOLDER/recipe.yaml     the resolved recipe; can be run again
 RUN_FOLDER/classes.json    the names of the classes in the order of their numbers, where they are known
 RUN_FOLDER/metrics.jsonl   one JSON object per training step and per evaluation
 RUN_FOLDER/summary.json    written when the run is complete
-RUN_FOLDER/report.html     written then too, by the command: all of this to look at
+RUN_FOLDER/report.html     the report, which the command writes when the run is complete
 SAVE_FOLDER/*.pt           checkpoints; by default SAVE_FOLDER is RUN_FOLDER/checkpoints
 """
 
@@ -37,12 +37,12 @@ __all__ = [
 
 
 def read_finished(recipe: Recipe) -> dict[str, Any] | None:
-    """The summary of the run if it is complete, as far as this recipe asks; None otherwise."""
+    """The summary of the run if it is complete for `max_duration` of this recipe; None otherwise."""
     path = Path(recipe.run_folder) / "summary.json"
     if not path.is_file():
         return None
     summary = json.loads(path.read_text())
-    if str(summary["max_duration"]) == str(recipe.max_duration):  # also when a callback stopped it early
+    if str(summary["max_duration"]) == str(recipe.max_duration):  # also when a callback stopped the run early
         return summary
     wanted = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
     reached = {"ep": summary["epoch"], "ba": summary["batch"], "sp": summary["sample"]}
@@ -50,7 +50,7 @@ def read_finished(recipe: Recipe) -> dict[str, Any] | None:
 
 
 def is_under_way(recipe: Recipe) -> bool:
-    """True when the run is complete or may have a checkpoint, here or where this recipe would look for one."""
+    """True when the run is complete or may have a checkpoint, in its folder or in this recipe's `save_folder`."""
     if "://" in recipe.save_folder or (Path(recipe.run_folder) / "summary.json").is_file():
         return True
     checkpoint = "latest-rank*.pt"
@@ -58,16 +58,16 @@ def is_under_way(recipe: Recipe) -> bool:
 
 
 def check_unchanged(recipe: Recipe) -> None:
-    """Refuses to continue a run with a recipe that would have led elsewhere.
+    """Refuses to continue a run with a recipe that would have trained other weights.
 
     Raises:
-        UserError: The run is complete or has a checkpoint, and its recipe differs in a key that matters.
+        UserError: The run is complete or has a checkpoint, and its recipe differs in a key that changes the weights.
     """
     path = Path(recipe.run_folder) / "recipe.yaml"
     if not path.is_file() or not is_under_way(recipe):
         return
     try:
-        stored = load_recipe(str(path.absolute()))  # with defaults for keys that the version it ran on did not know
+        stored = load_recipe(str(path.absolute()))  # keys that an older version did not have get their defaults
     except UserError as error:
         raise UserError(
             f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
@@ -91,7 +91,7 @@ def read_classes(run_folder: Path) -> list[str] | None:
 
 
 def check_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
-    """Refuses to continue a run on data with other classes, whose numbers mean something else.
+    """Refuses to continue a run on data with other classes: a label would mean another class.
 
     Raises:
         UserError: The run is complete or has a checkpoint, and was trained on other classes.
@@ -107,15 +107,15 @@ def check_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
 
 
 def describe_changes(stored: dict[str, Any], recipe: dict[str, Any], free: Sequence[str]) -> str:
-    """Lists the differences that make a recipe another one.
+    """Lists the keys in which a recipe differs from a stored one.
 
     Args:
         stored: The recipe before, as nested mappings.
-        recipe: The recipe now, likewise.
+        recipe: The recipe now, as nested mappings.
         free: Dotted keys that may differ, with everything below them.
 
     Returns:
-        The keys that differ otherwise, as a list for an error message; empty if none does.
+        The other keys that differ, as a list for an error message; empty if there are none.
     """
     before, now = _flatten(stored), _flatten(recipe)
     return ", ".join(
@@ -137,12 +137,12 @@ def write_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
 
 
 def write_summary(recipe: Recipe, summary: dict[str, Any]) -> None:
-    """Marks the run as complete. Call it on rank zero only."""
+    """Writes summary.json, which marks the run as complete. Call it on rank zero only."""
     replace_file(Path(recipe.run_folder) / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _flatten(content: Any, path: str = "") -> dict[str, Any]:
-    """Leaves by dotted path. An empty mapping is a leaf; a missing key and null are the same."""
+    """The leaves of nested mappings by dotted path. An empty mapping is a leaf; a key that is null is left out."""
     if not isinstance(content, dict) or (path and not content):
         return {} if content is None else {path: content}
     flat: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""The keys of a recipe: type, default, meaning, and the facts that the rest of the package needs of each."""
+"""The keys of a recipe: type, default, meaning, and facts that other modules use."""
 
 # ruff: noqa: RUF009 - `_key` makes a new field at each call.
 
@@ -12,13 +12,13 @@ from omegaconf import MISSING
 
 __all__ = ["COMPONENT_SECTIONS", "NAMED_SECTIONS", "READING", "Recipe", "free_to_change", "keys"]
 
-# Sections that hold one component, chosen by its `name`, beside the component's own arguments.
+# Sections that hold one component: its `name` and its arguments.
 NAMED_SECTIONS = ("model", "train_dataset", "eval_dataset", "optimizer", "scheduler")
 
 # Sections that hold any number of components: `snake_case name: {its arguments}`.
 COMPONENT_SECTIONS = ("algorithms", "callbacks", "loggers")
 
-# Arguments of a data set that change where and how fast images are read, and not the images.
+# Arguments of a data set that change where and how fast images are read, but not the images.
 READING = ("num_workers", "root", "remote", "local", "cache_limit", "predownload")
 
 # Facts about keys. A key with neither `resume` nor `free` changes the trained weights.
@@ -26,7 +26,7 @@ _FACTS = {
     "trainer",  # goes to `composer.Trainer` under its name
     "speed",  # the time of a training step depends on it
     "resume",  # a run that continues may change it: its steps so far would have been the same
-    "free",  # neither weights nor accuracy depend on it
+    "free",  # neither weights nor accuracy depend on the key
     "same",  # all arms of a comparison must have it in common
     "set",  # a comparison sets it itself
 }
@@ -45,8 +45,8 @@ def _key(default: Any, meaning: str, facts: str = "") -> Any:
 class Recipe:
     """One training run.
 
-    The defaults are those of `composer.Trainer` unless a comment says otherwise. Durations and intervals are
-    Composer's: `"90ep"` (epochs), `"1000ba"` (batches), a bare integer counts epochs.
+    Durations and intervals are written as for `composer.Trainer`: `"90ep"` (epochs), `"1000ba"` (batches); an integer
+    counts epochs.
     """
 
     # The parts of the run.
@@ -62,7 +62,7 @@ class Recipe:
     callbacks: dict[str, Any] | None = _key({}, "Composer's callbacks and our `gate_monitor`, likewise", "free")
     loggers: dict[str, Any] | None = _key({}, "Composer's loggers; `metrics.jsonl` needs none", "free")
 
-    # The run. The name defaults to the recipe's own; everything the run leaves behind is in its folder.
+    # The run. By default it has the name of the recipe's file and writes everything into its folder.
     run_name: str = _key(MISSING, "the run's name; the recipe's own if it isn't given", "trainer set")
     run_folder: str = _key("runs/${run_name}", "where everything goes", "free set")
     seed: int = _key(17, "of initial weights, shuffling and augmentation", "trainer set")
@@ -96,7 +96,7 @@ class Recipe:
         None, "`torch.compile`'s arguments; null: none", "trainer speed resume"
     )
 
-    # Checkpoints. The last two are kept: the newest, and the one before should the newest be damaged.
+    # Checkpoints. The last two are kept by default, in case the newest is damaged.
     save_folder: str = _key("${run_folder}/checkpoints", "where checkpoints go", "trainer free set")
     save_interval: int | str = _key("1ep", "how often to save a checkpoint", "trainer free")
     save_num_checkpoints_to_keep: int = _key(2, "older checkpoints are deleted; -1 keeps all", "trainer free")
@@ -116,13 +116,13 @@ class Recipe:
 
 
 def keys(*facts: str) -> tuple[str, ...]:
-    """The keys of which all of these `_FACTS` hold; without facts all keys."""
+    """The keys that have all of these `_FACTS`; without facts, all keys."""
     assert _FACTS.issuperset(facts)
     return tuple(key.name for key in dataclasses.fields(Recipe) if key.metadata["facts"].issuperset(facts))
 
 
 def free_to_change(*, when_resumed: bool) -> tuple[str, ...]:
-    """Dotted keys that may differ, with all below them, without making a recipe another one.
+    """The dotted keys, with all keys below them, in which a recipe may differ from that of a stored run.
 
     Args:
         when_resumed: True for a run that continues, False for a complete one, whose result is fixed.

@@ -1,4 +1,4 @@
-"""Builds the parts of a run and puts them into Composer's Trainer: for `train`, `compare` and `gates`."""
+"""Builds the parts of a run, and Composer's Trainer from them: for `train`, `compare`, `gates` and `slim`."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ class Parts:
     """The parts of a Trainer, before any algorithm has changed the network.
 
     Attributes:
-        network: The network. A seed gives the same initial weights, whatever the algorithms.
-        num_classes: The number of its outputs.
-        algorithms: The recipe's, and the one that freezes what the recipe does not train.
+        network: The network. Its initial weights depend on the seed, but not on the algorithms.
+        num_classes: The number of the network's outputs.
+        algorithms: The recipe's, and one that freezes the parameters that the recipe does not train.
         optimizer: The optimizer of the network's parameters; None where nothing is trained.
-        scheduler: The scheduler of its learning rate, or None.
+        scheduler: The scheduler of the learning rate, or None.
         train_loader: This process's share of the training data; None where nothing is trained.
-        eval_loader: Its share of the held-out data, or None.
+        eval_loader: This process's share of the held-out data, or None.
         classes: The names of the training data's classes, or None.
     """
 
@@ -68,7 +68,7 @@ class Parts:
 
 
 def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
-    """Seeds the random generators and builds: first what costs nothing.
+    """Seeds the random generators and builds the parts of a run.
 
     Raises:
         UserError: A component rejects a value, the data can't be read, or network and data don't fit.
@@ -101,7 +101,7 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
 
 
 def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train: bool, pin_memory: bool) -> DataLoader:
-    """The loader of a split as the recipe asks for it.
+    """Builds the loader of a split.
 
     Raises:
         UserError: The data set rejects a value.
@@ -110,7 +110,7 @@ def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train
 
 
 def build_algorithms(components: Sequence[Component]) -> list[Algorithm]:
-    """The algorithms of a recipe. Their complaints about the network, once a Trainer is made, name their keys."""
+    """Builds the algorithms of a recipe. Errors that they raise while a Trainer is made name their keys."""
     return [_build_algorithm(component) for component in components]
 
 
@@ -118,7 +118,7 @@ def count_outputs(network: nn.Module, model: Component, split: Split) -> int:
     """The number of the network's outputs for an image of the split.
 
     Raises:
-        UserError: The network does not take the image, or there is none yet and the network doesn't say the number.
+        UserError: The network rejects the image, or there is no image and the number of outputs is unknown.
     """
     name = getattr(model.target, "__name__", "the network")
     image = split.example()
@@ -136,7 +136,7 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
     """Runs one image through the network in evaluation mode, and leaves the network as it was.
 
     Args:
-        network: On the image's device.
+        network: The network, on the image's device.
         image: An image as the training data yields it, (C, H, W).
         name: The network's name in the recipe.
 
@@ -144,7 +144,7 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
         The number of outputs.
 
     Raises:
-        UserError: The network can't be run on the image, or returns something else than one number per class.
+        UserError: The network fails on the image, or does not return one number per class.
     """
     modes = {module: module.training for module in network.modules()}
     try:
@@ -166,14 +166,14 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
 
 
 def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
-    """Puts the parts of a run into a Trainer.
+    """Builds a Trainer from the parts of a run.
 
     Args:
-        parts: The network, and whatever else is needed to train it.
+        parts: The parts of the run.
         **options: The Trainer's other arguments.
 
     Raises:
-        UserError: An algorithm or the scheduler rejects the network or the duration.
+        UserError: An algorithm rejects the network, or the scheduler rejects the duration.
     """
     return composer.Trainer(
         model=ComposerClassifier(parts.network, num_classes=parts.num_classes),
@@ -187,12 +187,11 @@ def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
 
 
 def end_trainer(trainer: composer.Trainer) -> None:
-    """Closes the Trainer, stops the data workers of its evaluations, and lets it be collected.
+    """Closes the Trainer, stops the data workers of its evaluations, and drops a reference to its state.
 
-    Composer stops the workers of the training data only, and keeps every Trainer's state, the network, the optimizer
-    and the last batch with it, until the process exits: `close` leaves the function registered that would close it
-    then. The functions of other Trainers are dropped with it, as `atexit` can't tell them apart; those Trainers close
-    when they are collected.
+    Composer stops the workers of the training data only. Its `close` leaves a function registered with `atexit` that
+    keeps the network, the optimizer and the last batch in memory until the process exits. `atexit` can't tell the
+    functions of several Trainers apart, so all of them are dropped; the other Trainers close when they are collected.
     """
     trainer.close()
     for evaluator in trainer.state.evaluators:
@@ -204,7 +203,7 @@ def end_trainer(trainer: composer.Trainer) -> None:
 
 
 def release_memory() -> None:
-    """Frees the memory of ended Trainers, which are in reference cycles: a full GPU does not start the collector."""
+    """Frees the memory of ended Trainers. They are in reference cycles, and a full GPU does not start the collector."""
     # Saving a checkpoint leaves the network in this cache of torch.
     getattr(getattr(state_dict, "_get_fqns", None), "cache_clear", lambda: None)()
     gc.collect()
@@ -213,7 +212,7 @@ def release_memory() -> None:
 
 
 class _TrainOnly(Algorithm):
-    """Freezes the rest of the network once all other algorithms have changed it, and before it is distributed."""
+    """Freezes the parameters that no pattern matches, after all other algorithms have changed the network."""
 
     def __init__(self, patterns: Sequence[str]) -> None:
         self.patterns = patterns
@@ -229,7 +228,7 @@ class _TrainOnly(Algorithm):
 
 
 def _build_algorithm(component: Component) -> Algorithm:
-    """An algorithm whose complaint about the network, made while the Trainer is made, names its key."""
+    """Builds an algorithm. Errors that it raises while the Trainer is made name its key."""
     algorithm = component.build()
     apply = algorithm.apply
 
@@ -247,7 +246,7 @@ def _build_algorithm(component: Component) -> Algorithm:
 
 
 def _build_scheduler(component: Component) -> Callable[..., float]:
-    """A scheduler whose complaint about the duration names its key."""
+    """Builds a scheduler. Errors that it raises about the duration name its key."""
     scheduler = component.build()
 
     def named_scheduler(state: State, ssr: float = 1.0) -> float:
@@ -262,7 +261,7 @@ def _build_scheduler(component: Component) -> Callable[..., float]:
 def _check_classes(outputs: int, name: str, splits: dict[str, Split]) -> None:
     """Compares the classes of the data with the network's outputs and with each other.
 
-    Labels are places in the list of classes: a folder too many or too few would shift them in silence.
+    A label is an index into the list of classes. One folder too many would shift the labels without an error.
     """
     for path, split in splits.items():
         if split.classes is not None and outputs < len(split.classes):

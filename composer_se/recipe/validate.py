@@ -1,4 +1,4 @@
-"""Checks a recipe beyond its schema, and turns it into a plan: which class will be called with what.
+"""Checks a recipe beyond its schema, and returns a plan: each class to call, with its arguments.
 
 Nothing is built here: no weights, no data, no file.
 """
@@ -43,7 +43,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Component:
-    """Something to call once everything is checked.
+    """A class or function of a recipe, with its checked arguments.
 
     Attributes:
         path: Its key in the recipe.
@@ -56,7 +56,7 @@ class Component:
     arguments: dict[str, Any]
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the target; a value it rejects becomes a `UserError` that names the path."""
+        """Calls the target. If the target rejects a value, raises a `UserError` that names the path."""
         return construct(self.target, self.path, *args, **kwargs, **self.arguments)
 
 
@@ -83,10 +83,10 @@ class RunPlan:
 
 
 def make_plan(recipe: Recipe) -> RunPlan:
-    """Checks a recipe and says what it will build.
+    """Checks a recipe and returns its components.
 
     Raises:
-        UserError: Naming the key by its full path.
+        UserError: A value is wrong. The message names the key by its full path.
     """
     _check_batch_sizes(recipe)
     _check_machine(recipe)
@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
     _check_same_split(recipe)
     _check_warmup(recipe, plan.scheduler)
     for logger in plan.loggers:
-        if logger.target is TensorboardLogger:  # which else writes into the current folder
+        if logger.target is TensorboardLogger:  # by default it writes into the current folder
             logger.arguments.setdefault("log_dir", f"{recipe.run_folder}/tensorboard")
     path = recipe.load_path
     if path and "://" not in path and not os.path.exists(path):  # noqa: PTH110 - Path.exists raises for a long name
@@ -114,10 +114,10 @@ def make_plan(recipe: Recipe) -> RunPlan:
 
 
 def plan_network(recipe: Recipe) -> Component:
-    """The network of a recipe. Where the recipe leaves out `num_classes`, it is the number of the training data.
+    """The network of a recipe. `num_classes` defaults to the number of classes in the training data.
 
     Raises:
-        UserError: Naming the key by its full path.
+        UserError: A value is wrong. The message names the key by its full path.
     """
     return plan_model(with_num_classes(recipe.model, count_classes(recipe)))
 
@@ -126,7 +126,7 @@ def plan_model(section: dict[str, Any]) -> Component:
     """The network of a recipe's section `model`.
 
     Raises:
-        UserError: It can't be found, or one of its arguments is wrong.
+        UserError: The model can't be found, or one of its arguments is wrong.
     """
     return Component("model", *check_network(section["name"], _without(section, "name")))
 
@@ -165,7 +165,7 @@ def plan_data(path: str, section: dict[str, Any]) -> DataPlan:
 
 
 def _check_same_split(recipe: Recipe) -> None:
-    """Both splits of one data set are divided alike, or images would be in both of them."""
+    """Refuses splits of one data set that are divided differently, since both could have the same images."""
     ours, theirs = recipe.train_dataset, recipe.eval_dataset or {}
     places = {os.path.realpath(str(section.get("root"))) for section in (ours, theirs)}
     if ours["name"] != theirs.get("name") or len(places) > 1:
@@ -182,11 +182,11 @@ def _check_same_split(recipe: Recipe) -> None:
 
 
 def _loader_arguments(num_workers: int | None = None) -> None:
-    """The signature of what every data set takes beside its own arguments."""
+    """Only a signature: the argument that every data set takes besides its own."""
 
 
 def _plan_named(section: str, content: dict[str, Any], supplied: int = 0) -> Component:
-    """A component by its name; so many of its first arguments are not the recipe's."""
+    """The component of a section. The recipe can't set the first `supplied` arguments."""
     target = resolve(section, content["name"], f"{section}.name")
     first = tuple(inspect.signature(target).parameters)[:supplied]
     return Component(section, target, check_arguments(target, _without(content, "name"), section, first))
@@ -277,7 +277,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
-    """A warm-up ends and a schedule ends: Composer compares the two, and can't compare epochs with samples."""
+    """Refuses a warm-up that Composer can't compare with the schedule: if only one of them is in samples."""
     if scheduler is None or "t_warmup" not in scheduler.arguments:
         return
     warmup, end = scheduler.arguments["t_warmup"], scheduler.arguments.get("t_max", "1dur")
@@ -286,7 +286,7 @@ def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
             Time.from_input(time, TimeUnit.EPOCH).unit for time in (warmup, end, recipe.max_duration)
         )
     except (ValueError, RuntimeError, TypeError, OverflowError):
-        return  # the scheduler says so when it is built
+        return  # the scheduler itself rejects the value
     ends = lasts if ends is TimeUnit.DURATION else ends
     if begins is not TimeUnit.DURATION and (begins is TimeUnit.SAMPLE) != (ends is TimeUnit.SAMPLE):
         raise UserError(
@@ -296,11 +296,11 @@ def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
 
 
 def advise_identity(plan: RunPlan, loaded: Iterable[str] | None) -> None:
-    """Logs that random blocks make a pretrained network start worse than it is.
+    """Advises init=identity in the log if a pretrained network gets blocks that start at random.
 
     Args:
         plan: The plan of the run.
-        loaded: The names of the weights in the file of `load_path`, if there is one.
+        loaded: The names of the weights in the file of `load_path`, or None.
     """
     pretrained = any(plan.model.arguments.get(key) for key in ("weights", "pretrained"))
     pretrained = pretrained or (loaded is not None and not any(".se.pool_and_mlp." in name for name in loaded))
@@ -315,15 +315,15 @@ def advise_identity(plan: RunPlan, loaded: Iterable[str] | None) -> None:
 
 @functools.cache
 def log_once(level: int, message: str) -> None:
-    """Logs a message of a run once, however often `compare` plans and builds it."""
+    """Logs a message once per process. `compare` plans and builds a run several times."""
     logging.getLogger(__name__).log(level, message)
 
 
 def squeeze_excite_options(recipe: Recipe) -> SqueezeExciteOptions | None:
-    """What a recipe says under ``algorithms.squeeze_excite``, or None where it has none.
+    """The options under `algorithms.squeeze_excite` of a recipe, or None where the recipe has none.
 
     Raises:
-        UserError: If an option is unknown or has a wrong value.
+        UserError: An option is unknown or has a wrong value.
     """
     section = (recipe.algorithms or {}).get("squeeze_excite")
     if section is None:

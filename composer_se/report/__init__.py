@@ -1,1 +1,1 @@
-"""A run's `report.html`: what was trained, what SE does there and how it went, in one self-contained file."""
+"""Writes a run's `report.html`: recipe, SE layers, curves, gates and outcome in one self-contained file."""

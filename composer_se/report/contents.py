@@ -1,4 +1,4 @@
-"""The contents of a report's sections, from the files of a run. Empty where there is nothing to say."""
+"""Computes the contents of a report's sections from the files of a run. A section without data is empty."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def outcome(summary: Content | None) -> dict[str, str]:
 
 
 def classes(names: list[str] | None) -> str:
-    """The names of the classes, of many the first."""
+    """The names of the first 100 classes, and the number of the others."""
     shown, more = (names or [])[:_MOST_CLASSES], len(names or []) - _MOST_CLASSES
     return ", ".join(shown) + (f" and {more:,} more" if more > 0 else "")
 
@@ -101,13 +101,14 @@ def gates_in_training(lines: Lines) -> Content:
 
 
 def gates_after_training(analysis: Content | None, picture: str | None) -> Content:
-    """The findings of `composer-se gates`."""
+    """The table and the picture of `composer-se gates`."""
     if analysis is None:
         return {}
     rows, marked = [], []
     for i, layer in enumerate(analysis["layers"]):
         fixed = layer["with_fixed_gates"]
-        half_width = fixed.get("change_half_width", 2 * fixed.get("standard_error", 0))  # the second in older files
+        # Older files have a standard error.
+        half_width = fixed.get("change_half_width", 2 * fixed.get("standard_error", 0))
         rows.append(
             [
                 layer["name"],
@@ -131,7 +132,7 @@ def gates_after_training(analysis: Content | None, picture: str | None) -> Conte
 
 
 def cost(study: Content | None) -> Content:
-    """The table of what `composer-se cost` measured; empty if there is no study."""
+    """The table of a `composer-se cost` study; empty without a study."""
     if study is None:
         return {}
     kinds = list(study["rows"][0]["times"])

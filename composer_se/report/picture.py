@@ -1,4 +1,4 @@
-"""Line plots as SVG that takes its text colour from the page, so that it reads on light and dark."""
+"""Draws line plots as SVG. Text has the page's text colour, so that it is readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ Series = tuple[Sequence[float], Sequence[float]]
 """The x and the y of the points of a line."""
 
 _SHALLOW_TO_DEEP = LinearSegmentedColormap.from_list("depth", [COLOURS[0], COLOURS[3], COLOURS[1]])
-_TEXT = "#010203"  # stands for the page's text colour, which only the page knows
+_TEXT = "#010203"  # replaced by `currentColor`, the page's text colour
 _MOST_POINTS = 300
 _MOST_NAMES = 6
 
 
 def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth: bool = False) -> str:
-    """Draws lines over batches as an SVG element; long ones as means over as many parts as fit.
+    """Draws lines over batches as an SVG element. Averages lines of more than 300 points down to 300.
 
     With `by_depth` the lines are layers, coloured from shallow to deep.
     """
@@ -41,14 +41,14 @@ def line_plot(title: str, y_label: str, lines: Mapping[str, Series], *, by_depth
     axis.spines[["left", "bottom"]].set_color(_TEXT)
     handles, labels = axis.get_legend_handles_labels()
     if len(labels) > _MOST_NAMES:
-        # Of many layers the first, the middle and the last show which colour is where.
+        # The first, the middle and the last name are enough to show the order of the colours.
         kept = sorted({0, len(labels) // 2, len(labels) - 1})
         handles, labels = [handles[i] for i in kept], [labels[i] for i in kept]
     if len(lines) > 1:
         # Below the plot, where it hides no line.
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, labelcolor=_TEXT, fontsize=8)
     buffer = io.StringIO()
-    # With one salt the ids of two plots are the same only where what they name is.
+    # A fixed salt makes ids reproducible: two plots share an id only for equal elements.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "composer-se", "font.family": "sans-serif"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()

@@ -27,16 +27,17 @@ __all__ = ["write_report"]
 
 
 def write_report(run_folder: Path) -> Path:
-    """Writes `report.html` into a run's folder, over an earlier one.
+    """Writes `report.html` into a run's folder. Overwrites an earlier report.
 
-    It needs `recipe.yaml`. It shows whatever else is there: `metrics.jsonl`, `summary.json`, `gates/gates.json` and
-    `gates.png` of `composer-se gates`, and `cost.json`, as `composer-se cost --json RUN/cost.json` writes it.
+    The folder must hold `recipe.yaml`. The report also shows these files if they exist: `summary.json`, `classes.json`,
+    `metrics.jsonl`, `gates/gates.json` and `gates/gates.png` of `composer-se gates`, and `cost.json` of
+    `composer-se cost --json RUN/cost.json`.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: The folder holds no recipe.
+        UserError: The folder holds no recipe, the recipe is wrong, or the report can't be written.
     """
     recipe_file = run_folder / "recipe.yaml"
     if not recipe_file.is_file():
@@ -94,6 +95,6 @@ def _plan(recipe: Recipe, num_classes: int | None) -> Plan | None:
     if options is None:
         return None
     model = with_num_classes(without_weights(recipe.model), num_classes)
-    with torch.device("meta"):  # shapes are all that is needed
+    with torch.device("meta"):  # only the shapes are needed
         network = plan_network(replace(recipe, model=model)).build()
     return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))

@@ -1,1 +1,1 @@
-"""The look of results in every command: pictures, terminal, text. Nothing here knows what they are about."""
+"""Formats the results of all commands: pictures, tables on the terminal, text."""

@@ -1,4 +1,4 @@
-"""One look for all pictures."""
+"""The common style of all pictures."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ MARKERS = "osD^vPX"
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty white figure, in inches, that makes room for its labels."""
+    """An empty white figure, its size in inches. Its layout leaves space for the labels."""
     figure = Figure(figsize=(width, height), facecolor="white")
     figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1)
     return figure
 
 
 def style(axis: Any, grid: str = "both") -> None:
-    """Gives an axis a light grid behind its data and no frame above and to the right."""
+    """Gives an axis a light grid behind its data, and no frame at the top and right."""
     axis.grid(axis=grid, color="#888888", alpha=0.28, linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
 
 
 def legend_above(figure: Any, axis: Any, title: str) -> None:
-    """Puts a title above a figure, and below the title the legend of one axis for all."""
+    """Puts a title above a figure, and below the title the legend of one axis."""
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles,
@@ -55,10 +55,10 @@ def legend_above(figure: Any, axis: Any, title: str) -> None:
 
 
 def caption_below(figure: Any, text: str, width: int) -> None:
-    """Puts small print below a figure, in lines of so many characters."""
+    """Puts small print below a figure, in lines of at most `width` characters."""
     figure.supxlabel(fill(_literal(text), width), fontsize="small", ha="left", x=0.02, linespacing=1.4)
 
 
 def _literal(text: str) -> str:
-    """Escapes dollar signs, which matplotlib takes for mathematics."""
+    """Escapes dollar signs, which start a formula in matplotlib."""
     return text.replace("$", r"\$")

@@ -20,9 +20,9 @@ Progress = Callable[[str, int, int], None]
 
 
 def new_table(title: str, caption: str, first: str, others: Sequence[str], side: int = 1) -> Table:
-    """An empty table: a column of names, in which long ones are broken, and columns of numbers.
+    """An empty table: a column of names, which breaks long names, and columns of numbers.
 
-    The caption says what the columns mean; `side` is the space on the left of each.
+    The caption explains the columns; `side` is the number of spaces on the left of each column.
     """
     table = Table(
         title=escape(title),
@@ -39,7 +39,7 @@ def new_table(title: str, caption: str, first: str, others: Sequence[str], side:
 
 
 def counted(progress: Progress, total: int) -> Callable[[str], None]:
-    """Counts the steps: call the result after each, with the task."""
+    """Returns a function that reports progress: call it with the task after each of `total` steps."""
     done = itertools.count(1)
     return lambda what: progress(what, next(done), total)
 
@@ -48,7 +48,7 @@ def counted(progress: Progress, total: int) -> Callable[[str], None]:
 def progress_bar(*, speaks: bool = True, in_lines: bool = False) -> Iterator[Progress]:
     """Shows a progress bar on stderr, if this process `speaks`.
 
-    `in_lines` prints a line for each new description where stderr is no terminal: for work of hours.
+    With `in_lines`, which is for work of hours, it prints a line for each new task if stderr is no terminal.
     """
     console = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

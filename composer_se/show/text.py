@@ -1,4 +1,4 @@
-"""Numbers as text for people and for programs."""
+"""Formats numbers as text for people and for programs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time, as a person would say it."""
+    """A length of time, such as `2 h 5 min`."""
     minutes, rest = divmod(seconds, 60)
     hours, minutes = divmod(int(minutes), 60)
     if hours:
@@ -30,7 +30,7 @@ def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[
 
 
 def to_json(content: Any) -> str:
-    """JSON for a file. NaN, which JSON does not know, becomes null."""
+    """JSON for a file. NaN, which JSON does not have, becomes null."""
     return json.dumps(_without_nan(content), indent=1) + "\n"
 
 

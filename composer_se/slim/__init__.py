@@ -1,1 +1,1 @@
-"""Finds the blocks that a trained network can do without, for `composer-se slim`."""
+"""Removes the blocks that a trained network does not need, for `composer-se slim`."""

@@ -1,4 +1,4 @@
-"""Two halves of the held-out images: one decides, the other reports."""
+"""Splits the held-out images into two halves: one decides which blocks are fixed, the other only reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from composer_se.errors import UserError
 __all__ = ["halves"]
 
 _SEED = 0
-_MOST_BYTES = 2**31  # of a half's images, to be kept in memory
+_MOST_BYTES = 2**31  # a larger half is read again for every pass, not kept in memory
 
 
 def halves(loader: DataLoader) -> list[tuple[Iterable[Any], int]]:
@@ -41,5 +41,5 @@ def _batches(loader: DataLoader, indices: list[int]) -> Iterable[Any]:
     half = DataLoader(Subset(images, indices), loader.batch_size, num_workers=loader.num_workers)
     if images[0][0].nbytes * len(indices) > _MOST_BYTES:
         return half
-    # Cloned out of the memory shared with the workers, of which each tensor keeps a file open.
+    # Clones, because a tensor from a worker lies in shared memory, which keeps a file open.
     return [(images.clone(), labels.clone()) for images, labels in half]

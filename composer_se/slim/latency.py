@@ -1,4 +1,4 @@
-"""The latency of a network against the number of its blocks."""
+"""Measures the latency of a network with all, some and none of its blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["BATCH_SIZES", "measure_latencies"]
 
 BATCH_SIZES = (1, 16)
 ROUNDS = 5
-_SHOWN = 9  # points of the curve, at most
+_SHOWN = 9  # evenly spread points of the curve, beside the chosen one
 
 
 def measure_latencies(
@@ -33,9 +33,9 @@ def measure_latencies(
 
     Args:
         network: The network, in evaluation mode.
-        means: The gates by layer.
+        means: The mean gates by layer.
         points: The curve.
-        chosen: The number of fixed blocks that is timed in any case.
+        chosen: A number of fixed blocks that is timed in any case.
         images: Some images, (N, C, H, W), on the network's device.
         advance: Called after each visit.
 

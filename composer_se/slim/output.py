@@ -1,4 +1,4 @@
-"""The files of a slimmed network: its weights, and the recipe that trains it on."""
+"""Writes the files of a slimmed network: weights, a recipe that trains it further, numbers and picture."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ __all__ = ["slim_recipe", "write"]
 
 
 def slim_recipe(recipe: Recipe, network: nn.Module, folder: Path) -> Recipe:
-    """The recipe of the network with the blocks that are left, which starts from its weights.
+    """The recipe that trains the slimmed network further, from its weights.
 
     Args:
-        recipe: The original one. Its run folder with "-slim" at the end is the new one's.
+        recipe: The original recipe. The new recipe adds "-slim" to its run name and run folder.
         network: The network without the removed blocks.
         folder: The folder of the weights.
     """
@@ -52,18 +52,18 @@ def slim_recipe(recipe: Recipe, network: nn.Module, folder: Path) -> Recipe:
 
 
 def _convs_with_block(network: nn.Module) -> list[str]:
-    """The names in the plain network of the convs that have a block, after them or after the norm that follows."""
+    """The names of the convs with a block, as the plain network has them. The block may follow the conv's norm."""
     names = {module: name for name, module in network.named_modules()}
     norms = {norm: conv for conv, norm in following_norms(network).items() if isinstance(conv, nn.Conv2d)}
     return [names[norms.get(module, module)] for module in names if isinstance(module, SqueezeExcited)]
 
 
 def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, Any]) -> list[Path]:
-    """Writes weights.pt, recipe.yaml, slim.json and slim.png. A kill leaves each of them whole, old or new.
+    """Writes weights.pt, recipe.yaml, slim.json and slim.png. A kill leaves each file complete, old or new.
 
     Args:
-        folder: The folder; made if it doesn't exist.
-        recipe: The recipe that `slim_recipe` made.
+        folder: The folder; created if it doesn't exist.
+        recipe: The recipe that `slim_recipe` returned.
         network: The network without the removed blocks.
         found: The content of `slim.json`.
 
@@ -71,7 +71,7 @@ def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, 
         The files.
 
     Raises:
-        UserError: One can't be written.
+        UserError: A file can't be written.
     """
     weights, picture = io.BytesIO(), io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, weights)

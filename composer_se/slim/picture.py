@@ -1,4 +1,4 @@
-"""Accuracy and latency against the number of blocks left, as one picture."""
+"""Draws accuracy and latency against the number of blocks left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def draw(found: Mapping[str, Any], file: IO[bytes]) -> None:
 
     Args:
         found: The content of `slim.json`.
-        file: Where the PNG goes.
+        file: The file to write the PNG to.
     """
     points, chosen, blocks = found["points"], found["chosen"], found["blocks"]
     rows = range(len(points))

@@ -1,7 +1,7 @@
-"""Fixes gates at their means, block after block, the least costly first.
+"""Fixes gates at their means, one block after the other, the least costly first.
 
-The cost of a block is what fixing its gates adds to the cross entropy, given the blocks fixed before. Verdicts on a few
-thousand images are too coarse for that: between two blocks they differ by chance. The accuracy decides where to stop.
+The cost of a block is the increase of the cross entropy when its gates are fixed, given the blocks fixed before. The
+accuracy on a few thousand images is too coarse to rank blocks; it only decides how many blocks are fixed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from composer_se.gates.observe import gate_sums, moments, observing, se_blocks
 __all__ = ["Point", "find_curve", "fold_first", "mean_gates", "most_fixed"]
 
 Batches = Iterable[Any]
-"""Yields (images, labels); can be gone through again."""
+"""Yields (images, labels); can be iterated over again."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +44,14 @@ class Point:
 
 @torch.no_grad()
 def mean_gates(network: nn.Module, batches: Batches) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The mean gates of the blocks that can be folded, (C,) in float64, and the reasons why the others can't.
+    """The mean gates of the blocks that can be folded, (C,) each, and the reasons why the others can't.
 
     Args:
         network: The network, in evaluation mode.
         batches: The images.
 
     Returns:
-        Both by the name of the layer, in model order.
+        Mean gates and reasons, each by the name of the layer.
     """
     blocks = se_blocks(network)
     sums: dict[str, Tensor] = {}
@@ -80,20 +80,20 @@ def find_curve(
     reporting: Batches,
     advance: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> list[Point]:
-    """Fixes all blocks in turn.
+    """Fixes all blocks one after the other, the least costly first.
 
-    A cost is measured again only when its block comes to the front: if it still is the least then, the block is fixed.
-    So fixing n blocks takes a few times n passes over the deciding images instead of n²/2.
+    Measures a block's cost again only when it is the lowest on record, and fixes the block if it still is. So fixing n
+    blocks takes a few times n passes over the deciding images instead of n²/2.
 
     Args:
         network: The network, in evaluation mode. It is not changed: the blocks are fixed in a copy.
-        means: The gates by layer, from `mean_gates`.
-        deciding: The images that decide.
-        reporting: The images that don't.
-        advance: Called with the task, the blocks fixed and their number.
+        means: The mean gates by layer, from `mean_gates`.
+        deciding: The images that the costs are measured on.
+        reporting: The images that decide nothing.
+        advance: Called with the task, the number of blocks fixed, and the number of all blocks.
 
     Returns:
-        The network with all blocks, then after each block that was fixed.
+        A point for the network with all blocks, then one for each block fixed.
     """
     current = copy.deepcopy(network)
     outcome = before = _evaluate(current, deciding)
@@ -122,13 +122,13 @@ def find_curve(
 
 
 def most_fixed(points: Sequence[Point], tolerance: float) -> int:
-    """The largest number of fixed blocks at which the deciding images lose at most the tolerance, in points."""
+    """The most blocks that can be fixed while the deciding images lose at most `tolerance` points of accuracy."""
     rounding = 1e-9
     return max(k for k, point in enumerate(points) if -100 * point.deciding.change.value <= tolerance + rounding)
 
 
 def fold_first(network: nn.Module, means: Mapping[str, Tensor], points: Sequence[Point], count: int) -> nn.Module:
-    """A copy of the network without the first blocks of the curve."""
+    """A copy of the network in which the first `count` blocks of the curve are folded."""
     folded = copy.deepcopy(network)
     fold_constant_gates(folded, {point.fixed: means[point.fixed] for point in points[: count + 1] if point.fixed})
     return folded

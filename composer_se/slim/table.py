@@ -1,4 +1,4 @@
-"""What slimming brought, as a table and in sentences. Works on the content of `slim.json`."""
+"""Reports the outcome of slimming in a table and in sentences, from the content of `slim.json`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["print_slimming", "sentences", "summary_rows"]
 
 
 def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Quantity, before, after, and the change.
+    """The rows of the table: quantity, before, after, change.
 
     Args:
         found: The content of `slim.json`.
@@ -42,7 +42,7 @@ def summary_rows(found: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def sentences(found: Mapping[str, Any]) -> list[str]:
-    """The conditions, and the blocks that went and stayed.
+    """Sentences on the images, the tolerance, the fixed blocks, and the blocks that can't be folded.
 
     Args:
         found: The content of `slim.json`.
@@ -67,11 +67,11 @@ def sentences(found: Mapping[str, Any]) -> list[str]:
 
 
 def print_slimming(found: Mapping[str, Any], console: Console) -> None:
-    """Prints table and sentences.
+    """Prints the table and the sentences.
 
     Args:
         found: The content of `slim.json`.
-        console: Where to.
+        console: The console to print to.
     """
     kept = found["blocks"] - found["chosen"]
     table = new_table(
