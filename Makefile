@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility reference format cost study finetuning placement claims slim trainable gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost finetuning placement claims slim trainable gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -43,15 +43,6 @@ cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leav
 	    --json docs/results/cost-resnet50.json --plot docs/cost-resnet50.svg
 	$(BIN)/python docs/write_tables.py
 
-study: $(VENV)/dev.stamp ## train what is left of the Fashion-MNIST study in docs/results/study: hours from nothing
-	$(COMPARE) fashion_mnist_resnet8 --seeds 5 --out docs/results/study --arm 'no SE' $(NO_SE) --arm 'SE' \
-	    --arm 'SE on all convs' $(ALL_CONVS) \
-	    --arm 'built-in on all convs' $(NO_SE) \
-	        'algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}' \
-	    --arm 'ratio 1/4 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.25 \
-	    --arm 'ratio 1/16 on all convs' $(ALL_CONVS) algorithms.squeeze_excite.latent_channels=0.0625
-	$(BIN)/python docs/write_tables.py
-
 # FASHION_MNIST: where the data are, or are downloaded to.
 FASHION_MNIST ?= data
 finetuning: $(VENV)/dev.stamp ## choose and train what is left of the study of fine-tuning: hours from nothing
@@ -59,7 +50,7 @@ finetuning: $(VENV)/dev.stamp ## choose and train what is left of the study of f
 	$(BIN)/python docs/write_tables.py
 
 placement: $(VENV)/dev.stamp ## choose, train and slim what is left of the study of placement: hours from nothing
-	$(BIN)/python docs/evidence.py placement --root $(FASHION_MNIST)
+	$(BIN)/python docs/evidence.py placement --root $(FASHION_MNIST) --seeds 8
 	$(BIN)/python docs/write_tables.py
 
 # One thread for training, so that the loader's one worker has a core for itself.

@@ -9,11 +9,16 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import fields
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from composer_se.compare.arms import Arm
+from composer_se.compare.judgement import judge_pilot
+from composer_se.compare.outcomes import Outcome
+from composer_se.compare.run import PILOT_SEEDS
 from composer_se.measure.machine import Machine
 from composer_se.measure.uncertainty import Interval, mean_difference, ratio_of_means
 from composer_se.show.text import markdown_table
@@ -27,7 +32,7 @@ TRAINABLE = RESULTS / "trainable-resnet50.json"
 PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 FINETUNING = RESULTS / "finetuning"
-STUDY = RESULTS / "study"
+PLACEMENT = RESULTS / "placement"
 SE_BESIDE = (
     ("SE, head", "head"),
     ("SE, norms, head", "norms, head"),
@@ -137,7 +142,9 @@ def pages() -> dict[Path, str]:
         "pays": recommendations(),
         "finetuning": finetuning_table(FINETUNING),
         "rates": rates_table(FINETUNING),
-        "study": study_table((STUDY / "results.md").read_text()),
+        "choices": choices(PLACEMENT),
+        "placement": comparison_table((PLACEMENT / "results.md").read_text()),
+        "slimmed": slimmed_table(PLACEMENT / "slim"),
     }
     if "layers" in cost:
         tables[DOCS / "cost.md"]["layers"] = layers_table(cost["layers"])
@@ -159,12 +166,12 @@ def pages() -> dict[Path, str]:
 
 def recommendations() -> str:
     """What to do, by situation, and the measurement behind it."""
-    tuned, scratch = (json.loads((folder / "results.json").read_text()) for folder in (FINETUNING, STUDY))
+    tuned, scratch = (json.loads((folder / "results.json").read_text()) for folder in (FINETUNING, PLACEMENT))
     steps = json.loads((FINETUNING / "steps.json").read_text())
     judged = {arm["arm"]: arm for arm in tuned["judgements"]}
     blocks = judged["SE, head"]
     memory = steps["SE, head"]["saved_bytes"] / steps["everything"]["saved_bytes"]
-    last_stage = next(arm for arm in scratch["judgements"] if arm["arm"] == "SE")
+    from_scratch = {arm["arm"]: _points(arm["equal_epochs"]) for arm in scratch["judgements"]}
     cost, slim = json.loads(COST.read_text()), json.loads(SLIM.read_text())
     layers = cost["layers"]
     added = dict(zip(((k["channels"], k["height"]) for k in layers["kinds"]), _added_in_batches(layers), strict=True))
@@ -197,13 +204,14 @@ def recommendations() -> str:
         ),
         (
             "From scratch",
-            "SE on the last stage (`min_channels: auto`), after a comparison on your data",
-            f"{_points(last_stage['equal_epochs'])} points, {_points(last_stage['equal_time'])} at equal time: open",
+            "no SE, unless a comparison on your data shows a gain; then begin with the last stage",
+            f"{from_scratch['last stage']} points with SE on the last stage, {from_scratch['all convs']} on all convs, "
+            f"{from_scratch['end of each branch']} at the end of each branch",
         ),
         (
             "Large maps",
             "leave them alone, or expect slower inference",
-            f"for 16 images SE adds {added[512, 28]:.1f} ms behind a conv of 512×28×28, {added[2048, 7]:.1f} ms behind "
+            f"for 16 images SE adds {added[512, 28]:.1f} ms after a conv of 512×28×28, {added[2048, 7]:.1f} ms after "
             "one of 2048×7×7",
         ),
         (
@@ -292,7 +300,58 @@ def finetuning_table(folder: Path) -> str:
     )
 
 
-def study_table(report: str) -> str:
+def choices(folder: Path) -> str:
+    """The accuracies that learning rate and epochs were chosen by, and what the pilot said."""
+    chosen = json.loads((folder / "chosen.json").read_text())
+    rates = {f"{float(rate):g}": [accuracy] for rate, accuracy in sorted(chosen["learning rate"].items())}
+    epochs: dict[str, list[float]] = {}
+    for words, accuracy in chosen["epochs"].items():
+        epochs.setdefault(f"{words.partition(',')[0]} epochs", []).append(accuracy)
+    seeds = len(next(iter(epochs.values())))
+    runs: dict[str, list[Outcome]] = {}
+    for arm in json.loads((folder / "results.json").read_text())["arms"]:
+        outcomes = [folder / "outcomes" / f"{Arm(**arm).slug}-seed{17 + index}.json" for index in PILOT_SEEDS]
+        runs[arm["name"]] = [Outcome(**json.loads(path.read_text())["outcome"]) for path in outcomes]
+    needed, _, _ = judge_pilot(runs, next(iter(runs)), 0.002).partition(" Each takes")
+    return (
+        f"Learning rate, after 10 epochs: {_with_best(rates)}. Epochs, mean of {seeds} seeds: {_with_best(epochs)}.\n\n"
+        f"{needed}"
+    )
+
+
+def _with_best(accuracies: Mapping[str, list[float]]) -> str:
+    means = {value: mean(found) for value, found in accuracies.items()}
+    best = max(means, key=means.__getitem__)
+    shown = {value: f"{value}: {100 * accuracy:.1f} %" for value, accuracy in means.items()}
+    return ", ".join(f"**{text}**" if value == best else text for value, text in shown.items())
+
+
+def slimmed_table(folder: Path) -> str:
+    """What each further block costs and saves, in the mean over the seeds, and how many `slim` removed."""
+    slimmed = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    rows = []
+    for removed in range(1, slimmed[0]["blocks"] + 1):
+        changes = [found["points"][removed]["reporting"]["change"]["value"] for found in slimmed]
+        change = mean_difference(changes, [0.0] * len(changes))
+        row = [str(removed), _points(asdict(change))]
+        for size in ("1", "16"):
+            after, before = (
+                [seconds for found in slimmed for seconds in found["latency"][size][str(left)]] for left in (removed, 0)
+            )
+            row.append(ratio_of_means(after, before).with_spread())
+        rows.append(row)
+    chosen = ", ".join(str(found["chosen"]) for found in slimmed)
+    return "\n".join(
+        [
+            *markdown_table(["blocks removed", "accuracy, points", "latency, batch 1", "latency, batch 16"], rows),
+            "",
+            f"With the tolerance of {slimmed[0]['tolerance']:g} points `slim` removed {chosen} blocks, by seed. "
+            f"{Machine(**slimmed[0]['machine'])}.",
+        ]
+    )
+
+
+def comparison_table(report: str) -> str:
     """The table of a comparison's report, its sentences and its conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
     sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
