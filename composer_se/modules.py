@@ -130,14 +130,13 @@ class SqueezeExciteConv2d(SqueezeExcited):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        warn_of_inplace(inplace)
         if conv is None:
             conv = nn.Conv2d(*args, **kwargs)
         elif args or kwargs:
             raise TypeError("Give either conv or the arguments of a new Conv2d, not both.")
         self.followed_by_norm = followed_by_norm
         factory = {"device": conv.weight.device, "dtype": conv.weight.dtype}
-        self._wrap(conv, SqueezeExcite2d(conv.out_channels, latent_channels, init=init, **factory))
+        self._wrap(conv, SqueezeExcite2d(conv.out_channels, latent_channels, init=init, inplace=inplace, **factory))
         mark_as_squeeze_excited(conv)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -156,7 +155,7 @@ class SqueezeExciteConv2d(SqueezeExcited):
         owned, limit = is_plain(conv, nn.Conv2d, "forward", "_conv_forward"), se.gate_limit
         if not torch.is_grad_enabled():
             z = se.excite(u.mean((-2, -1)))
-            return ops.gate_(u, z, limit) if owned else ops.gate(u, z, limit)
+            return ops.gate(u, z, limit, in_place=owned)
         link = ops.Link()
         through, p, _ = ops.squeeze(u, link)
         z = se.excite(p.to(u.dtype))

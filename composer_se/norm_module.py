@@ -12,6 +12,7 @@ on numbers per map, under ordinary autograd.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,25 +75,24 @@ class SqueezeExciteNorm2d(SqueezeExcited):
         if not torch.is_grad_enabled():
             y = norm(u)
             z = se.excite(y.mean((-2, -1)))
-            return ops.gate_(y, z, se.gate_limit) if owned else ops.gate(y, z, se.gate_limit)
+            return ops.gate(y, z, se.gate_limit, in_place=owned)
         # While all gates are 1, PyTorch's norm gives the same bits as before the surgery.
-        if owned and _takes_gates(norm, u) and not se.is_identity():
+        if owned and ops.takes_norm(u, _as_data(norm)) and not se.is_identity():
             return _batch_norm_and_gate(u, norm, se)
         return se(norm(u))
 
 
-def _takes_gates(norm: nn.BatchNorm2d, u: Tensor) -> bool:
-    mean, var = norm.running_mean, norm.running_var
-    return ops.takes_norm(u, norm.weight, norm.bias, mean, var) and (mean is None) == (var is None)
+def _as_data(norm: nn.BatchNorm2d) -> ops.Norm:
+    fixed = not norm.training and norm.running_mean is not None
+    return ops.Norm(None, norm.eps, norm.weight, norm.bias, norm.running_mean, norm.running_var, fixed=fixed)
 
 
 def _batch_norm_and_gate(u: Tensor, norm: Any, se: SqueezeExcite2d) -> Tensor:
     """``se(norm(u))`` in the passes of the norm."""
-    link = ops.Link()
-    of_batch = norm.training or norm.running_mean is None
-    moments: Any = ops.squeeze(u, link, with_variance=of_batch)
+    link, fixed = ops.Link(), _as_data(norm).fixed
+    moments: Any = ops.squeeze(u, link, with_variance=not fixed)
     through, p, q = moments
-    if of_batch:
+    if not fixed:
         m = p.mean(0)
         d = p - m
         r = (q + d.square()).mean(0)
@@ -119,7 +119,7 @@ def _update_running_statistics(norm: nn.BatchNorm2d, m: Tensor, r: Tensor, count
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1 / float(norm.num_batches_tracked)
-    ops.Norm(None, norm.eps, None, None, norm.running_mean, norm.running_var, momentum or 0.0).update(m, r, count)
+    replace(_as_data(norm), momentum=momentum or 0.0).update(m, r, count)
 
 
 class _Affine(torch.autograd.Function):

@@ -26,7 +26,6 @@ Only `mean`, `variance`, `affine` and `weighted_sums` see maps there. They use P
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-__all__ = ["Link", "Norm", "affine", "gate", "gate_", "gate_gradients", "gated_norm", "gates", "gradient_of_maps"]
+__all__ = ["Link", "Norm", "affine", "gate", "gate_gradients", "gated_norm", "gates", "gradient_of_maps"]
 __all__ += ["mean", "over_maps", "squeeze", "takes_norm", "takes_plain_formula", "variance", "weighted_sums"]
 
 
@@ -58,20 +57,23 @@ def takes_plain_formula(u: Tensor) -> bool:
     )
 
 
-def takes_norm(u: Tensor, *per_channel: Tensor | None) -> bool:
-    """Whether a norm with these weights and statistics, (C,), can take the maps of ``u`` together with their gates.
+def takes_norm(u: Tensor, norm: Norm) -> bool:
+    """Whether a norm can take the maps of ``u`` together with their gates.
 
     False for channels_last, which has no view as single maps, and for inputs that PyTorch's norm refuses (some maps
     that are empty or one pixel) or converts.
     """
     dtypes = u.dtype, torch.float64 if u.dtype == torch.float64 else torch.float32
-    numbers = [t for t in per_channel if t is not None]
+    numbers = [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
     return (
         u.dim() == 4
         and u.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         and u.device.type in ("cpu", "cuda")
         and u.is_contiguous()
         and u.numel() > u.shape[0] * u.shape[1]
+        and u.shape[1] % (norm.groups or 1) == 0
+        and (norm.running_mean is None) is (norm.running_var is None)
+        and not (norm.fixed and norm.running_mean is None)
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.shape == u.shape[1:2] for t in numbers)
         and all(t.device == u.device and t.dtype in dtypes for t in numbers)
     )
@@ -163,7 +165,7 @@ class _Squeeze(torch.autograd.Function):
             u, p = ctx.saved_tensors
             shares.append((over_maps(dq * (2 / area)) * (u - over_maps(p))).to(ctx.dtype))
         shares = [share for share in shares if share is not None]
-        return functools.reduce(torch.add, shares) if shares else None, None, None
+        return sum(shares[1:], shares[0]) if shares else None, None, None
 
 
 def gradient_of_maps(g: Tensor, u: Tensor, p: Tensor, a: Tensor, dp: Tensor, dq: Tensor | None) -> Tensor:
@@ -181,14 +183,10 @@ def gates(z: Tensor, limit: float) -> Tensor:
     return s if limit == 1 else s * limit
 
 
-def gate(u: Tensor, z: Tensor, limit: float) -> Tensor:
-    """Maps ``u`` (..., C, H, W) times their `gates`, given the logits ``z`` (..., C): a new tensor."""
-    return u * over_maps(gates(z, limit))
-
-
-def gate_(u: Tensor, z: Tensor, limit: float) -> Tensor:
-    """`gate` in place, without recording gradients."""
-    return u.mul_(over_maps(gates(z, limit)))
+def gate(u: Tensor, z: Tensor, limit: float, in_place: bool = False) -> Tensor:
+    """Maps ``u`` (..., C, H, W) times their `gates`, from logits ``z`` (..., C). In place only without gradients."""
+    s = over_maps(gates(z, limit))
+    return u.mul_(s) if in_place else u * s
 
 
 def gate_gradients(
@@ -228,21 +226,16 @@ class _Overwritten(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation of (N, C, H, W), with arguments named as in `torch.nn.functional`.
+    """A normalisation of (N, C, H, W), with arguments named as in `torch.nn.functional`."""
 
-    Attributes:
-        groups: Number of channel groups, each normalised within one image. None: each channel over the batch.
-        fixed: True if the running statistics, (C,), are used instead of the input's.
-    """
-
-    groups: int | None
+    groups: int | None  # each group of channels is normalised within one image; None: each channel over the batch
     eps: float
     weight: Tensor | None = None
     bias: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     momentum: float = 0.0
-    fixed: bool = False
+    fixed: bool = False  # True: by the running statistics, (C,), instead of the input's
 
     def of(self, v: Tensor) -> Tensor:
         """The normalised ``v``, by PyTorch; running statistics stay as they are."""

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from composer_se import ops
 
@@ -49,7 +49,6 @@ class PendingGate(Tensor):
 
     own: _Map
     product: Tensor | None = None  # None until a reader needs it
-    product_values: Tensor | None = None  # the same without a gradient, for `__torch_dispatch__`
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,8 +58,8 @@ class PendingGate(Tensor):
         if func in _KEEP_INPUT and args and type(args[0]) is cls:
             return _normalise(func, args[0], args[1:], kwargs)
         if func in _ABOUT_GRADIENTS:
-            tree_map(_refuse_if_taken, (args, kwargs))
-        return func(*tree_map(_gated, args), **tree_map(_gated, kwargs))
+            tree_map_only(PendingGate, _refuse_if_taken, (args, kwargs))
+        return func(*tree_map_only(PendingGate, _gated, args), **tree_map_only(PendingGate, _gated, kwargs))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -70,7 +69,8 @@ class PendingGate(Tensor):
                 "can't follow. Give it a copy: call .clone() on the conv's output first."
             )
         with torch.no_grad():
-            return func(*tree_map(_gated_values, args), **tree_map(_gated_values, kwargs or {}))
+            args, kwargs = tree_map_only(PendingGate, _gated_values, (args, kwargs or {}))
+            return func(*args, **kwargs)
 
 
 class _Pending(torch.autograd.Function):
@@ -101,8 +101,7 @@ class _Made(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, pending: PendingGate) -> Tensor:
         own = pending.own
-        args = own.u, own.z, own.limit
-        return ops.gate_(*args).detach() if own.overwritten else ops.gate(*args)
+        return ops.gate(own.u, own.z, own.limit, in_place=own.overwritten).detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Tensor:
@@ -128,29 +127,22 @@ def pending_gate(
     return _Pending.apply(u, through, z, own)  # pyright: ignore[reportReturnType]
 
 
-def _gated(t: Any) -> Any:
-    """Returns the product of a pending map, and anything else as it is."""
-    if not isinstance(t, PendingGate):
-        return t
-    if t.product is None:
+def _gated(pending: PendingGate) -> Tensor:
+    """The product."""
+    if pending.product is None:
         with torch.enable_grad():  # it is kept, and the next reader may want gradients
-            t.product = _Made.apply(t)  # pyright: ignore[reportAttributeAccessIssue]
-    return t.product
+            pending.product = _Made.apply(pending)  # pyright: ignore[reportAttributeAccessIssue]
+    return pending.product  # pyright: ignore[reportReturnType]
 
 
-def _gated_values(t: Any) -> Any:
-    """Returns the product of a pending map without a gradient, and anything else as it is."""
-    if not isinstance(t, PendingGate):
-        return t
-    if t.product is not None:
-        return t.product.detach()
-    if t.product_values is None:
-        t.product_values = ops.gate(t.own.u.detach(), t.own.z.detach(), t.own.limit)
-    return t.product_values
+def _gated_values(pending: PendingGate) -> Tensor:
+    """The product without a gradient."""
+    own = pending.own
+    return (ops.gate(own.u, own.z, own.limit) if pending.product is None else pending.product).detach()
 
 
-def _refuse_if_taken(t: Any) -> None:
-    if isinstance(t, PendingGate) and t.own.taken:
+def _refuse_if_taken(pending: PendingGate) -> None:
+    if pending.own.taken:
         raise RuntimeError(
             "A norm took a conv's output with its gates, so the gated map has no gradient. Ask before the norm runs: "
             "retain_grad() or register_hook() in a forward hook of the SqueezeExciteConv2d, for instance."
@@ -172,20 +164,15 @@ def _normalise(func: Any, pending: PendingGate, args: Any, kwargs: Any) -> Tenso
     elif func is F.group_norm and not torch.is_autocast_enabled(own.u.device.type):
         # Under autocast PyTorch's group norm returns float32 on some devices.
         norm = ops.Norm(given["num_groups"], given["eps"], *scale)
-    can_take = norm is not None and _can_take(norm, own)
+    if norm is not None and not ops.takes_norm(own.u, norm):
+        norm = None
     if own.taken is None:
         # Decided once: under activation checkpointing the norm is called again and must do the same.
-        own.taken = can_take and pending.product is None
+        own.taken = norm is not None and pending.product is None
     # The norm must see a product that was changed in place. Only its version counter shows the change.
-    if norm is not None and can_take and own.taken and (pending.product is None or pending.product._version == 0):
+    if norm is not None and own.taken and (pending.product is None or pending.product._version == 0):
         through, link, own.through, own.link = own.through, own.link, own.u, None
         return ops.gated_norm(through, own.u, own.p, own.z, own.limit, norm, link)
     if pending.product is None and own.owned and not own.taken:
         own.overwritten = True  # a norm keeps its input and never changes it
     return func(_gated(pending), *args, **kwargs)
-
-
-def _can_take(norm: ops.Norm, own: _Map) -> bool:
-    running = norm.running_mean, norm.running_var
-    takes = ops.takes_norm(own.u, norm.weight, norm.bias, *running) and not (norm.fixed and None in running)
-    return takes and own.u.shape[1] % (norm.groups or 1) == 0

@@ -289,8 +289,9 @@ UNFIT: dict[str, Callable[[], Tensor]] = {
 
 @pytest.mark.parametrize("kind", UNFIT)
 def test_maps_that_no_norm_can_take_along(kind) -> None:
-    assert ops.takes_norm(torch.randn(2, 3, 4, 4))
-    assert not ops.takes_norm(UNFIT[kind]())
+    norm = ops.Norm(None, EPS)
+    assert ops.takes_norm(torch.randn(2, 3, 4, 4), norm)
+    assert not ops.takes_norm(UNFIT[kind](), norm)
 
 
 class _Subclass(torch.Tensor):
@@ -309,9 +310,22 @@ class _Subclass(torch.Tensor):
 )
 def test_norm_with_unusual_weights_is_left_to_pytorch(numbers: torch.Tensor) -> None:
     u = torch.randn(2, 3, 4, 4)
-    assert ops.takes_norm(u, torch.nn.Parameter(torch.ones(3)), None)
-    assert ops.takes_norm(u.bfloat16(), torch.ones(3), torch.ones(3, dtype=torch.bfloat16))
-    assert not ops.takes_norm(u, torch.ones(3), numbers)
+    assert ops.takes_norm(u, ops.Norm(None, EPS, torch.nn.Parameter(torch.ones(3))))
+    assert ops.takes_norm(u.bfloat16(), ops.Norm(None, EPS, torch.ones(3), torch.ones(3, dtype=torch.bfloat16)))
+    assert not ops.takes_norm(u, ops.Norm(None, EPS, torch.ones(3), numbers))
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        ops.Norm(2, EPS),
+        ops.Norm(None, EPS, running_mean=torch.zeros(3)),
+        ops.Norm(None, EPS, fixed=True),
+    ],
+    ids=["groups that do not divide the channels", "half of the statistics", "fixed without statistics"],
+)
+def test_norm_that_pytorch_refuses_is_left_to_pytorch(norm: ops.Norm) -> None:
+    assert not ops.takes_norm(torch.randn(2, 3, 4, 4), norm)
 
 
 class Traced(nn.Module):
