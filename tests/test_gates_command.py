@@ -134,6 +134,12 @@ def test_a_label_that_the_network_does_not_know_is_named(network: nn.Sequential)
         analyse(network, [(torch.randn(2, 1, 8, 8), torch.tensor([0, 10]))])
 
 
+def test_layers_that_never_run_have_no_gates_to_show(network: nn.Sequential, batches: Batches) -> None:
+    network.forward = lambda images: torch.zeros(len(images), 10)
+    with pytest.raises(UserError, match="forward pass runs none of them"):
+        analyse(network, batches)
+
+
 def test_names_show_no_wrapper_of_the_model(network: nn.Sequential) -> None:
     wrapped = nn.Module()
     wrapped.add_module("module", network)

@@ -11,7 +11,7 @@ from scipy import stats
 
 from composer_se.cost.levels import find_levels
 from composer_se.measure import timing
-from composer_se.measure.timing import steps_per_visit, time_in_turns
+from composer_se.measure.timing import steps_per_visit, time_in_turns, time_step
 from composer_se.measure.uncertainty import Interval, pairs_needed
 
 
@@ -35,6 +35,15 @@ def test_a_ratio_without_noise_is_exact_whatever_the_machine_does_meanwhile():
     assert ratio.excludes(1)
     # The third of five rounds, in which the machine has slowed down by exp(0.6).
     assert found.seconds("ours") == pytest.approx(2.2 * math.exp(0.6))
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", True), ("mps", True), ("cpu", False)])
+def test_the_clock_waits_for_a_gpu_before_and_after_a_step(device: str, waits: bool, monkeypatch) -> None:
+    calls: list[str] = []
+    for library in (torch.cuda, torch.mps):
+        monkeypatch.setattr(library, "synchronize", lambda *_: calls.append("wait"))
+    time_step(lambda: calls.append("step"), torch.device(device))
+    assert calls == (["wait", "step", "wait"] if waits else ["step"])
 
 
 def test_one_disturbed_visit_changes_nothing():

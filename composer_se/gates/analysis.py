@@ -84,7 +84,7 @@ def analyse(
         advance: Called with the task, the batches done, and their number (0 if unknown).
 
     Raises:
-        UserError: The labels are no class numbers of the network, or there are no images.
+        UserError: The labels are no class numbers of the network, there are no images, or no layer runs.
     """
     blocks = se_blocks(network)
     total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
@@ -104,6 +104,8 @@ def analyse(
         advance("observing all gates", done + 1, 2 * total)
     if not right:
         raise UserError("--data: there are no held-out images")
+    if not sums:
+        raise UserError("the network has Squeeze-and-Excitation layers, but its forward pass runs none of them")
     sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
     shares = {name: moments(s.sum(0))[0] / blocks[name].gate_limit for name, s in sums.items()}
     fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}

@@ -17,9 +17,11 @@ LEAST_STEPS, MOST_STEPS = 3, 100
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until a CUDA device has finished its work. Does nothing for other devices."""
+    """Waits until a GPU has finished its work, CUDA's or Apple's. Does nothing for other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def steps_per_visit(seconds_per_step: float) -> tuple[int, int]:

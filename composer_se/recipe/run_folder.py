@@ -70,7 +70,7 @@ def check_unchanged(recipe: Recipe) -> None:
         stored = load_recipe(str(path.absolute()))  # keys that an older version did not have get their defaults
     except UserError as error:
         raise UserError(
-            f"run_name: {recipe.run_folder} holds a run whose recipe.yaml can't be read ({error}); "
+            f"run_name: {recipe.run_folder} holds a run whose recipe.yaml is not valid here ({error}); "
             "choose another name (run_name=...) or delete the folder"
         ) from error
     free = free_to_change(when_resumed=True)
