@@ -17,7 +17,7 @@ SELECTIVE_ARMS := --arm 'no SE' $(NO_SE) --arm 'SE' $(ALL_CONVS) \
     --arm 'SE and SelectiveBackprop' $(ALL_CONVS) 'algorithms.selective_backprop={interrupt: 0}'
 
 .DEFAULT_GOAL := help
-.PHONY: help train test check soak newest-torch compatibility reference format cost finetuning placement claims slim trainable gate-monitor-overhead clean
+.PHONY: help train test check soak newest-torch compatibility reference format cost finetuning placement claims slim trainable threads gate-monitor-overhead clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -73,6 +73,10 @@ slim: $(VENV)/dev.stamp ## train a ResNet-20 with SE on all convs, slim it, writ
 
 trainable: $(VENV)/dev.stamp ## measure a step that trains a part of a network, write docs/pretrained.md: ten minutes
 	$(BIN)/python docs/measure_trainable.py
+	$(BIN)/python docs/write_tables.py
+
+threads: $(VENV)/dev.stamp ## time runs with other numbers of threads, write docs/recipes.md: leave the machine alone for half an hour
+	$(BIN)/python docs/measure_threads.py
 	$(BIN)/python docs/write_tables.py
 
 gate-monitor-overhead: $(VENV)/dev.stamp ## count and time what the GateMonitor callback adds to training

@@ -28,9 +28,9 @@ __all__ = [
     "threads_for",
 ]
 
-# How two cores are used. Waking a second thread costs more than it gives where maps are small: six epochs of `digits`
-# take 16 s with two threads that wait passively, 13 s with one. Threads that wait actively are slow on a busy machine:
-# 43 s with one core taken, 17 s passively.
+# How two cores are used. Waking a second thread costs more than it gives where maps are small: `digits` takes 1.16
+# times as long with two passive threads as with one. Threads that wait actively are slow on a busy machine: 1.6 times
+# as long as passive ones with one core taken (`make threads`).
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
 

@@ -29,6 +29,7 @@ README = DOCS.parent / "README.md"
 RESULTS = DOCS / "results"
 SLIM = RESULTS / "slim-fashion-mnist.json"
 TRAINABLE = RESULTS / "trainable-resnet50.json"
+THREADS = RESULTS / "threads.json"
 PAPER = RESULTS / "cost-resnet50-paper.json"
 COST = RESULTS / "cost-resnet50-against-composer.json"
 FINETUNING = RESULTS / "finetuning"
@@ -154,6 +155,8 @@ def pages() -> dict[Path, str]:
         tables[DOCS / "placement.md"] = {"placement": f"{layers_table(paper['layers'])}\n\n{where}"}
     if TRAINABLE.is_file():
         tables[DOCS / "pretrained.md"] = {"trainable": trainable_table(json.loads(TRAINABLE.read_text()))}
+    if THREADS.is_file():
+        tables[DOCS / "recipes.md"] = {"threads": threads_table(json.loads(THREADS.read_text()))}
     if SLIM.is_file():
         tables[DOCS / "slim.md"] = {"slim": slim_table(json.loads(SLIM.read_text()))}
     filled = {}
@@ -439,6 +442,30 @@ def trainable_table(found: dict[str, Any]) -> str:
             "",
             f"ResNet-50 with {found['layers']} blocks, {found['batch_size']} images of 224 × 224 pixels. Bytes are "
             f"counted. Times are relative to a full step, measured in random order; {Machine(**found['machine'])}.",
+        ]
+    )
+
+
+def threads_table(found: dict[str, Any]) -> str:
+    """How long a run takes with each setting, relative to the default, and the conditions."""
+    seconds = {(row["run"], row["busy"], row["setting"]): row["seconds"] for row in found["rows"]}
+    columns = list(dict.fromkeys((run, busy) for run, busy, _ in seconds))
+    rows = []
+    for setting in dict.fromkeys(setting for *_, setting in seconds):
+        if setting == "default":
+            cells = [f"1 ({mean(seconds[(*column, setting)]):.1f} s)" for column in columns]
+        else:
+            ratios = (ratio_of_means(seconds[(*column, setting)], seconds[(*column, "default")]) for column in columns)
+            cells = [ratio.with_spread() for ratio in ratios]
+        rows.append([setting, *cells])
+    heads = ["the same, one core taken by another program" if busy else run for run, busy in columns]
+    rounds, machine = len(next(iter(seconds.values()))), Machine(**found["machine"])
+    return "\n".join(
+        [
+            *markdown_table(["", *heads], rows),
+            "",
+            f"Times of whole runs relative to the default, in {rounds} rounds, each in random order; {machine.cpu}, "
+            f"{machine.cpus} CPUs; torch {machine.torch}; {machine.system}.",
         ]
     )
 
