@@ -43,8 +43,8 @@ class SqueezeExciteOptions:
         exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: How a block starts. ``"default"``: the initialisation of `torch.nn.Linear`, for networks trained from
             scratch. Each gate starts at about one half. ``"identity"``: gates of 1, which leave the network as it is,
-            for networks that are trained already. The gates are ``2 sigmoid(z)`` then, and the last layer of the MLP
-            starts at zero. Default: ``"default"``.
+            for networks that are trained already, and for blocks at the end of residual branches. The gates are
+            ``2 sigmoid(z)`` then, and the last layer of the MLP starts at zero. Default: ``"default"``.
         placement: Where the block of a chosen conv goes. ``"conv"``: right after it. ``"norm"``: after the norm that
             follows it, as in the paper. Default: ``"conv"``.
         inplace: Not needed any more; any value but None logs a warning.

@@ -55,6 +55,11 @@ PLACEMENT_ARMS = {
     ),
     "built-in, all convs": (NO_SE, "algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}"),
 }
+IDENTITY = "algorithms.squeeze_excite.init=identity"
+IDENTITY_ARMS = {  # added once the others were judged: did gates that start at one half do the harm?
+    "all convs, identity": (*PLACEMENT_ARMS["all convs"], IDENTITY),
+    "end of each branch, identity": (*PLACEMENT_ARMS["end of each branch"], IDENTITY),
+}
 PLACEMENT_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 PLACEMENT_EPOCHS = (5, 10, 20, 40)
 ENOUGH = 0.002  # a doubling of the epochs that brings less ends their search
@@ -196,7 +201,7 @@ def placement(root: str, seeds: int) -> None:
     epochs = next(e for e in PLACEMENT_EPOCHS if 2 * e not in PLACEMENT_EPOCHS or after(2 * e) - after(e) < ENOUGH)
     overrides = (f"optimizer.lr={rate}", f"max_duration={epochs}ep", f"eval_interval={epochs // 5}ep")
     compare(PLACEMENT, PLACEMENT_ARMS, root, folder, "--pilot", POINTS, *overrides)
-    compare(PLACEMENT, PLACEMENT_ARMS, root, folder, "--seeds", str(seeds), *overrides)
+    compare(PLACEMENT, PLACEMENT_ARMS | IDENTITY_ARMS, root, folder, "--seeds", str(seeds), *overrides)
     for seed in range(17, 17 + seeds):
         run = folder / "runs" / f"all-convs-seed{seed}"
         slimmed = folder / "slim" / f"{run.name}.json"

@@ -144,7 +144,7 @@ def pages() -> dict[Path, str]:
         "finetuning": finetuning_table(FINETUNING),
         "rates": rates_table(FINETUNING),
         "choices": choices(PLACEMENT),
-        "placement": comparison_table((PLACEMENT / "results.md").read_text()),
+        "placement": comparison_table((PLACEMENT / "results.md").read_text(), beside_random_start(PLACEMENT)),
         "slimmed": slimmed_table(PLACEMENT / "slim"),
     }
     if "layers" in cost:
@@ -210,6 +210,12 @@ def recommendations() -> str:
             "no SE, unless a comparison on your data shows a gain; then begin with the last stage",
             f"{from_scratch['last stage']} points with SE on the last stage, {from_scratch['all convs']} on all convs, "
             f"{from_scratch['end of each branch']} at the end of each branch",
+        ),
+        (
+            "After the last norm of a branch",
+            "set `init: identity`, from scratch too",
+            f"{_paired(scratch, 'end of each branch, identity', 'end of each branch')} points over gates that start at "
+            "about one half",
         ),
         (
             "Large maps",
@@ -314,7 +320,8 @@ def choices(folder: Path) -> str:
     runs: dict[str, list[Outcome]] = {}
     for arm in json.loads((folder / "results.json").read_text())["arms"]:
         outcomes = [folder / "outcomes" / f"{Arm(**arm).slug}-seed{17 + index}.json" for index in PILOT_SEEDS]
-        runs[arm["name"]] = [Outcome(**json.loads(path.read_text())["outcome"]) for path in outcomes]
+        if outcomes[0].is_file():  # arms that were added later have no pilot
+            runs[arm["name"]] = [Outcome(**json.loads(path.read_text())["outcome"]) for path in outcomes]
     needed, _, _ = judge_pilot(runs, next(iter(runs)), 0.002).partition(" Each takes")
     return (
         f"Learning rate, after 10 epochs: {_with_best(rates)}. Epochs, mean of {seeds} seeds: {_with_best(epochs)}.\n\n"
@@ -354,13 +361,21 @@ def slimmed_table(folder: Path) -> str:
     )
 
 
-def comparison_table(report: str) -> str:
-    """The table of a comparison's report, its sentences and its conditions."""
+def beside_random_start(folder: Path) -> str:
+    """The arms whose blocks start at identity, compared with the same arms without that."""
+    found = json.loads((folder / "results.json").read_text())
+    pairs = ((name, name.removesuffix(", identity")) for name in (arm["name"] for arm in found["arms"]))
+    shown = (f"`{ours}` beside `{theirs}`: {_paired(found, ours, theirs)}" for ours, theirs in pairs if ours != theirs)
+    return f"Points at equal epochs: {'; '.join(shown)}."
+
+
+def comparison_table(report: str, remark: str) -> str:
+    """The table of a comparison's report, its sentences, a remark and its conditions."""
     table = re.findall(r"(?:^\|.*\n)+", report, re.MULTILINE)[0]
     sentences = re.findall(r"^- .*\n", report, re.MULTILINE)
     decided = [sentence for sentence in sentences if "the most accurate of the arms" not in sentence]
     conditions = re.findall(r"^Recipe .*$", report, re.MULTILINE)[0]
-    return f"{table}\n{''.join(decided)}\n{conditions}"
+    return f"{table}\n{''.join(decided)}\n{remark}\n\n{conditions}"
 
 
 def _points(difference: dict[str, float] | None) -> str:

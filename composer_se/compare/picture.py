@@ -84,7 +84,7 @@ def _draw_curves(
 
 
 def _draw_other_lengths(axis: Any, findings: Findings, reference: str, look: _Style, scale: float) -> None:
-    """Draws the final accuracies of the reference for the training times of other arms."""
+    """Draws the final accuracies of the reference, trained for as long as other arms take."""
     for batches in sorted({run.batches for run in findings.other_lengths}):
         values = [100 * run.accuracy for run in findings.other_lengths if run.batches == batches]
         _draw_point(axis, [batches * scale], values, look, hollow=True)

@@ -150,10 +150,10 @@ class _Ignored:
     """Stands for an object of any class in a file."""
 
     def __init__(self, *_: Any) -> None:
-        """Takes what the class would take."""
+        """Takes the arguments of any class."""
 
     def __setstate__(self, _: Any) -> None:
-        """Leaves it out."""
+        """Ignores the state."""
 
 
 def _read(path: str, key: str) -> Any:
