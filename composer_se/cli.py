@@ -1,4 +1,4 @@
-"""The `composer-se` command: one subcommand per module of `composer_se.commands`."""
+"""The `composer-se` command. Each subcommand is a module of `composer_se.commands`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
 def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line on which overrides of a recipe may stand anywhere among the options.
 
-    argparse takes only those right after the recipe, and those after `--arm NAME` for the arm's.
+    argparse itself finds overrides only right after the recipe. It gives those after `--arm NAME` to the arm.
     """
     args, rest = parser.parse_known_args(argv)
     if "overrides" in args:

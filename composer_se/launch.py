@@ -29,8 +29,8 @@ __all__ = [
 ]
 
 # How two cores are used. Waking a second thread costs more than it gives where maps are small: `digits` takes 1.16
-# times as long with two passive threads as with one. Threads that wait actively are slow on a busy machine: 1.6 times
-# as long as passive ones with one core taken (`make threads`).
+# times as long with two passive threads as with one. Threads that wait actively are slow on a busy machine: with one
+# core taken `digits` takes 1.6 times as long as with passive ones (`make threads`).
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
 

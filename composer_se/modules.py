@@ -31,7 +31,7 @@ class SqueezeExcite2d(nn.Module):
         latent_channels: Hidden width of the MLP: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
         init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
-        inplace: Not needed any more.
+        inplace: Of earlier versions; has no effect.
         **factory: ``device`` and ``dtype`` of the weights. Default: PyTorch's.
 
     Raises:
@@ -103,10 +103,10 @@ class SqueezeExciteConv2d(SqueezeExcited):
             (0, 1). Default: ``0.125``.
         conv: The conv to wrap; the block takes its device, dtype and mode. Default: a new one, from the arguments.
         followed_by_norm: True if a norm follows. While gradients are recorded, the norm then applies the gates if it
-            can. In training, SE then adds no pass over the maps and keeps no activation. Any other reader of the output
-            gets the gated maps. `composer_se.apply_squeeze_excite` sets this argument. Default: ``False``.
+            can, unless the whole output has fewer than 2¹⁷ numbers. In training, SE then adds no pass over the maps and
+            keeps no activation. Any other reader of the output gets the gated maps. Default: ``False``.
         init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
-        inplace: Not needed any more.
+        inplace: Of earlier versions; has no effect.
         **kwargs: Keyword arguments of `torch.nn.Conv2d`.
 
     Raises:
@@ -159,7 +159,7 @@ class SqueezeExciteConv2d(SqueezeExcited):
         link = ops.Link()
         through, p, _ = ops.squeeze(u, link)
         z = se.excite(p.to(u.dtype))
-        if self.followed_by_norm and (u.requires_grad or z.requires_grad):
+        if self.followed_by_norm and u.numel() >= ops.MIN_NUMEL and (u.requires_grad or z.requires_grad):
             taken = False if se.is_identity() else None  # PyTorch's norm, for the same bits as before the surgery
             return pending_gate(u, z, limit, p, through, link, owned=owned, taken=taken)
         return ops.gate(u, z, limit)

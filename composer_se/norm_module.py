@@ -30,7 +30,8 @@ class SqueezeExciteNorm2d(SqueezeExcited):
 
     Args:
         norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. While gradients are recorded,
-            `torch.nn.BatchNorm2d` applies the gates in its own passes. Other norms leave the gates to the block.
+            `torch.nn.BatchNorm2d` applies the gates in its own passes, unless the whole input has fewer than 2¹⁷
+            numbers. Other norms leave the gates to the block.
         num_features: Channels of the map.
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
@@ -77,7 +78,7 @@ class SqueezeExciteNorm2d(SqueezeExcited):
             z = se.excite(y.mean((-2, -1)))
             return ops.gate(y, z, se.gate_limit, in_place=owned)
         # While all gates are 1, PyTorch's norm gives the same bits as before the surgery.
-        if owned and ops.takes_norm(u, _as_data(norm)) and not se.is_identity():
+        if owned and u.numel() >= ops.MIN_NUMEL and ops.takes_norm(u, _as_data(norm)) and not se.is_identity():
             return _batch_norm_and_gate(u, norm, se)
         return se(norm(u))
 
@@ -123,7 +124,10 @@ def _update_running_statistics(norm: nn.BatchNorm2d, m: Tensor, r: Tensor, count
 
 
 class _Affine(torch.autograd.Function):
-    """``a (u - p) + b`` for maps and numbers per map; leaves the pass that writes dL/du to `ops.squeeze`."""
+    """``a (u - p) + b`` for maps ``u`` and numbers per map.
+
+    The backward pass of `ops.squeeze` writes dL/du, except for second derivatives.
+    """
 
     @staticmethod
     def forward(ctx: Any, u: Tensor, p: Tensor, a: Tensor, b: Tensor, link: ops.Link) -> Tensor:

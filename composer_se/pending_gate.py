@@ -8,8 +8,8 @@ map, but holds only ``u`` and the logits of its gates:
   changes it.
 - Any other function called from Python (``__torch_function__``) gets the product, which is made once. From then on the
   norm gets that product too, since ``u`` is still needed.
-- Code that bypasses ``__torch_function__`` (custom autograd functions, full backward hooks, checkpointing, script
-  modules) gets the product's values from ``__torch_dispatch__`` and its gradient from an autograd node.
+- Code below ``__torch_function__``, in C++ for instance, gets the product's values from ``__torch_dispatch__``. What
+  autograd connects to the pending map itself (custom functions, checkpoints) gets its gradient from an autograd node.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ def check_not_wrapped(model: nn.Module) -> None:
     """Checks that no part of a model is wrapped for distributed training yet.
 
     Raises:
-        TypeError: If one is, in DistributedDataParallel or FSDP.
+        TypeError: If the model or a submodule is wrapped in DistributedDataParallel or FSDP.
     """
     # Looked up, not imported: a model can't be wrapped by a module that nobody imported.
     fsdp = sys.modules.get("torch.distributed.fsdp")

@@ -13,9 +13,9 @@ __all__ = ["SqueezeExcited", "is_plain", "mark_as_squeeze_excited"]
 class SqueezeExcited(nn.Module):
     """A layer of a network whose output is scaled by a Squeeze-and-Excitation block.
 
-    This wrapper reads and sets attributes that it lacks (``weight``, ``stride``, ...) on the wrapped layer. Parameters
-    are the exception: assign to the wrapped layer's ``weight``; assigning to the wrapper's raises a TypeError. A state
-    dict of the bare layer loads into the wrapper, and the block keeps its weights.
+    This wrapper reads and sets attributes that it lacks (``stride``, ``padding``, ...) on the wrapped layer. It also
+    reads the layer's parameters, but can't set them: assigning to the wrapper's ``weight`` raises a TypeError. Assign
+    to the layer's. A state dict of the bare layer loads into the wrapper, and the block keeps its weights.
 
     Attributes:
         inner: The name of the layer in this module.

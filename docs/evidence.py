@@ -56,7 +56,7 @@ PLACEMENT_ARMS = {
     "built-in, all convs": (NO_SE, "algorithms.composer_squeeze_excite={latent_channels: 64, min_channels: 1}"),
 }
 IDENTITY = "algorithms.squeeze_excite.init=identity"
-IDENTITY_ARMS = {  # added once the others were judged: did gates that start at one half do the harm?
+IDENTITY_ARMS = {  # added once the others were judged: did gates that start at one half cost the accuracy?
     "all convs, identity": (*PLACEMENT_ARMS["all convs"], IDENTITY),
     "end of each branch, identity": (*PLACEMENT_ARMS["end of each branch"], IDENTITY),
 }

@@ -3,7 +3,7 @@
     make threads
 
 Runs two recipes with each setting, in random order, on a machine left alone and beside a program that takes one core.
-Writes `results/threads.json` after each round. Run `write_tables.py` afterwards.
+Writes `results/threads.json`. Run `write_tables.py` afterwards.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from composer_se.launch import available_cores
 from composer_se.measure.machine import describe_machine
 from composer_se.show.text import to_json
 
@@ -42,20 +43,19 @@ ROUNDS = 5
 
 
 def seconds(recipe: tuple[str, ...], setting: dict[str, str], busy: bool) -> float:
-    """The time of a run from start to end, in an environment that says no more about threads than `setting`."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("OMP_")}
+    """The time of a run from start to end, in an environment without other settings of OpenMP."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "COMPOSER_SE_"))}
     if setting and "OMP_NUM_THREADS" not in setting:
-        environment["OMP_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
-    other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
+        environment["OMP_NUM_THREADS"] = str(available_cores())
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    other = subprocess.Popen([sys.executable, "-c", spin]) if busy else None
     try:
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            subprocess.run(
-                [sys.executable, "-m", "composer_se.train", *recipe, f"run_folder={folder}"],
-                env=environment | setting,
-                check=True,
-                capture_output=True,
-            )
+            command = [sys.executable, "-m", "composer_se.train", *recipe, f"run_folder={folder}"]
+            done = subprocess.run(command, env=environment | setting, check=False, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
             return time.perf_counter() - start
     finally:
         if other:
@@ -73,8 +73,8 @@ def main() -> None:
         shuffle(turns)
         for run, busy, name in turns:
             times[run, busy, name].append(seconds(RUNS[run], SETTINGS[name], busy))
-        rows = [{"run": run, "busy": busy, "setting": name, "seconds": t} for (run, busy, name), t in times.items()]
-        RESULT.write_text(to_json({"machine": vars(machine), "rows": rows}))
+    rows = [{"run": run, "busy": busy, "setting": name, "seconds": t} for (run, busy, name), t in times.items()]
+    RESULT.write_text(to_json({"machine": vars(machine), "rows": rows}))
 
 
 if __name__ == "__main__":

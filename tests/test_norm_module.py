@@ -12,7 +12,7 @@ import torch
 from helpers import conv_norm_net
 from torch import Tensor, nn
 
-from composer_se import SqueezeExciteConv2d, SqueezeExciteNorm2d, apply_squeeze_excite, remove_squeeze_excite
+from composer_se import SqueezeExciteConv2d, SqueezeExciteNorm2d, apply_squeeze_excite, ops, remove_squeeze_excite
 from composer_se.selection import following_norms
 
 TOLERANCE = {torch.float64: {"rtol": 1e-10, "atol": 1e-10}, torch.float32: {"rtol": 1e-5, "atol": 1e-5}}
@@ -308,3 +308,12 @@ def test_surroundings_get_the_right_numbers(how: str) -> None:
             assert p.grad is not None
             assert q.grad is not None
             assert torch.nn.functional.cosine_similarity(p.grad.flatten(), q.grad.flatten(), 0) > 0.98
+
+
+def test_small_maps_keep_pytorchs_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SqueezeExciteNorm2d(nn.BatchNorm2d(C), C, 4)
+    u = torch.randn(2, C, 5, 5)
+    monkeypatch.setattr(ops, "MIN_NUMEL", u.numel())
+    assert "Affine" in type(layer(u).grad_fn).__name__
+    monkeypatch.setattr(ops, "MIN_NUMEL", u.numel() + 1)
+    assert "Mul" in type(layer(u).grad_fn).__name__

@@ -319,10 +319,18 @@ def test_norm_with_unusual_weights_is_left_to_pytorch(numbers: torch.Tensor) -> 
     "norm",
     [
         ops.Norm(2, EPS),
+        ops.Norm(0, EPS),
+        ops.Norm(-3, EPS),
         ops.Norm(None, EPS, running_mean=torch.zeros(3)),
         ops.Norm(None, EPS, fixed=True),
     ],
-    ids=["groups that do not divide the channels", "half of the statistics", "fixed without statistics"],
+    ids=[
+        "groups that do not divide the channels",
+        "no group",
+        "negative groups",
+        "half of the statistics",
+        "fixed without statistics",
+    ],
 )
 def test_norm_that_pytorch_refuses_is_left_to_pytorch(norm: ops.Norm) -> None:
     assert not ops.takes_norm(torch.randn(2, 3, 4, 4), norm)

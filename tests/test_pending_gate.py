@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from composer_se import SqueezeExciteConv2d, apply_squeeze_excite
+from composer_se import SqueezeExciteConv2d, apply_squeeze_excite, ops
 from composer_se.pending_gate import PendingGate
 
 CHANNELS = 8
@@ -523,3 +523,19 @@ PROGRAM: dict[str, Callable[[nn.Module, Tensor, Tensor], Tensor]] = {
     "flipped": lambda norm, a, b: a.flip(2),
     "stacked": lambda norm, a, b: torch.stack([a, b]).mean(0),
 }
+
+
+def test_small_maps_are_gated_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = SqueezeExciteConv2d(3, CHANNELS, 3, latent_channels=4, followed_by_norm=True).double()
+    images = torch.randn(SHAPES["several images"]).double()
+    numbers = conv.conv(images).numel()
+    monkeypatch.setattr(ops, "MIN_NUMEL", numbers)
+    pending = conv(images)
+    assert type(pending) is PendingGate
+    monkeypatch.setattr(ops, "MIN_NUMEL", numbers + 1)
+    product = conv(images)
+    assert type(product) is Tensor
+    parameters = list(conv.parameters())
+    expected = torch.autograd.grad(F.batch_norm(pending, None, None, training=True).relu().sum(), parameters)
+    found = torch.autograd.grad(F.batch_norm(product, None, None, training=True).relu().sum(), parameters)
+    torch.testing.assert_close(found, expected)

@@ -109,11 +109,13 @@ def _passes(network: nn.Module, names: tuple[str, ...], image: torch.Tensor, set
     for layer in called_layers(network, names, image, settings.autocast):
         norm = [] if layer.norm in (None, layer.bare) else [copy.deepcopy(layer.norm)]
         with_se, plain = (nn.Sequential(part, *norm) for part in (layer.wrapper, layer.bare))
-        images = torch.cat([layer.image] * _batch_size_apart(with_se))
+        images = torch.cat([layer.image] * _batch_size_apart(with_se, settings.batch_size))
         passes.append(full_size_passes(with_se, plain, images, settings.autocast))
     return tuple(passes)
 
 
-def _batch_size_apart(layer: nn.Module) -> int:
-    """A batch size at which no parameter has as many elements as the layer's output map."""
-    return next(n for n in itertools.count(2) if all(parameter.numel() % n for parameter in layer.parameters()))
+def _batch_size_apart(layer: nn.Module, least: int) -> int:
+    """The first batch size from `least` on at which no parameter has as many elements as the layer's output map."""
+    return next(
+        n for n in itertools.count(max(2, least)) if all(parameter.numel() % n for parameter in layer.parameters())
+    )

@@ -60,7 +60,7 @@ def full_size_passes(
     """Counts the full-size passes that SE adds to one layer in one training step, forward and backward.
 
     Runs the layer alone on `inputs`. The backward pass computes gradients of `inputs` and all parameters from a
-    gradient of ones. The passes of the layer without SE are subtracted.
+    gradient of ones. Subtracts the passes of the layer without SE.
 
     Args:
         with_se: The conv or norm with its SE block, and the norm after a conv if there is one.

@@ -129,7 +129,7 @@ DATASETS = {
 
 
 def _own_dataset(name: str, path: str) -> DataSet:
-    """A data set that a function or class of the user's makes when it is called with `train`."""
+    """The user's own data set: a function or class that takes `train` and returns the data set."""
     make = own_part(name, path, "a map-style torch.utils.data.Dataset", _is_map_style)
     if "train" not in inspect.signature(make).parameters:
         raise UserError(f"{path}: {name} takes no argument train, which is false for the held-out images; add it")

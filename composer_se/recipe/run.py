@@ -110,10 +110,10 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
 
 
 def _stop(number: int, frame: object) -> None:
-    """Exits at the first signal. It replaces Composer's handler, which does the same.
+    """Exits at the first signal, like Composer's handler, which it replaces. Then it ignores SIGTERM.
 
-    At Ctrl-C the launcher also sends SIGTERM to all processes. This SIGTERM is ignored, since it would interrupt the
-    exit and the message to the user. A second Ctrl-C still ends the process.
+    At Ctrl-C the launcher also sends SIGTERM to all processes, which would interrupt the exit and the message to the
+    user. A second Ctrl-C still ends the process.
     """
     signal.signal(signal.SIGTERM, lambda *_: None)
     sys.exit(128 + number)

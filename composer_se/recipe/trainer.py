@@ -138,7 +138,7 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
     Args:
         network: The network, on the image's device.
         image: An image as the training data yields it, (C, H, W).
-        name: The network's name in the recipe.
+        name: The network's name, for the message.
 
     Returns:
         The number of outputs.
