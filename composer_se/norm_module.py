@@ -29,9 +29,9 @@ class SqueezeExciteNorm2d(SqueezeExcited):
     """A norm whose output is scaled by a Squeeze-and-Excitation block.
 
     Args:
-        norm: The norm to wrap, of maps (N, C, H, W); the block takes its mode. While gradients are recorded,
-            `torch.nn.BatchNorm2d` applies the gates in its own passes, unless the whole input has fewer than 2¹⁷
-            numbers. Other norms leave the gates to the block.
+        norm: The norm to wrap. Its input has the shape (N, C, H, W). The block starts in its mode, training or
+            evaluation. While gradients are recorded, `torch.nn.BatchNorm2d` applies the gates in its own passes, unless
+            the whole input has fewer than 2¹⁷ numbers. Other norms leave the gates to the block.
         num_features: Channels of the map.
         latent_channels: Hidden width of the block: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.

@@ -31,7 +31,7 @@ __all__ = ["PendingGate", "pending_gate"]
 
 @dataclass
 class _Map:
-    """A map with its gates, and what norms made of it."""
+    """A map, the logits of its gates, and whether a norm has taken or overwritten it."""
 
     u: Tensor  # the conv's output
     z: Tensor  # logits of the gates

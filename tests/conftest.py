@@ -10,7 +10,8 @@ import torch
 from composer_se import ops
 from composer_se.measure import timing
 
-ops.MIN_NUMEL = 0  # in tests the norm takes the gates of the smallest maps too
+# In tests the norm takes the gates of the smallest maps too.
+_SHIPPED, ops.MIN_NUMEL = ops.MIN_NUMEL, 0
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +23,12 @@ def _seed() -> None:
 def _short_visits(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test depends on how long something takes."""
     monkeypatch.setattr(timing, "VISIT_SECONDS", 0.05)
+
+
+@pytest.fixture
+def as_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small maps are treated as in other processes, for comparisons with these bit by bit."""
+    monkeypatch.setattr(ops, "MIN_NUMEL", _SHIPPED)
 
 
 @pytest.fixture(scope="session")

@@ -66,6 +66,7 @@ def assert_only_blocks_and_head_were_trained(folder: Path) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.usefixtures("as_shipped")
 def test_killed_run_with_a_frozen_backbone_ends_with_the_weights_of_one_never_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

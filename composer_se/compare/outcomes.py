@@ -85,7 +85,8 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
     """Reads the kept outcome of a recipe's run. Returns None if there is none.
 
     Raises:
-        UserError: The outcome is damaged, or the outcome or the run under way belongs to another recipe.
+        UserError: The outcome is damaged or belongs to another recipe. Or there is none, and the run's
+            `recipe.yaml` can't be read or is another.
     """
     path = folder / "outcomes" / f"{recipe.run_name}.json"
     under_way = Path(recipe.run_folder) / "recipe.yaml"

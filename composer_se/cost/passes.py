@@ -109,7 +109,7 @@ def _operands(
 
 
 def _bind(arguments: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Pairs a schema's arguments with the values of one call. Leaves out arguments at their default: no tensors."""
+    """Pairs a schema's arguments with the values of one call, without those left out: their defaults are no tensors."""
     named = {argument.name: argument for argument in arguments}
     return [*zip(arguments, args, strict=False), *((named[name], value) for name, value in kwargs.items())]
 

@@ -30,7 +30,7 @@ class Interval:
         return self.low > value or self.high < value
 
     def with_spread(self, separator: str = " ") -> str:
-        """The number and half its interval: `1.08 ±0.03`."""
+        """The number, and the distance to the upper end of its interval: `1.08 ±0.03`."""
         digits = 2 if not self.half_width < 0.005 else 3
         return f"{self.value:.{digits}f}{separator}±{self.half_width:.{digits}f}"
 

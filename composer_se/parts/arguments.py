@@ -25,8 +25,8 @@ def check_arguments(
 ) -> dict[str, Any]:
     """Checks names and types of arguments, and converts values to the annotated types.
 
-    Conversions are those a YAML file needs: a number written as a string (most YAML readers take `1e-4` for one),
-    a list where a tuple is expected, a number where a string is expected, a value of an enumeration by its name.
+    Converts where YAML can't express the type. A string such as `1e-4` becomes a number, because most YAML readers
+    return it as a string. A list becomes a tuple, a number a string, a string a `Path`, a value an enumeration member.
 
     Args:
         target: The class or function that will be called.

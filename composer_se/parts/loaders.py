@@ -71,7 +71,7 @@ class StreamedImages:
     """A split that is streamed with mosaicml-streaming.
 
     Attributes:
-        options: The arguments of its `StreamingVisionDataset`, but for those that the loader knows.
+        options: The arguments of its `StreamingVisionDataset`, except those that `loader` sets.
         classes: Not known before the images are read.
     """
 

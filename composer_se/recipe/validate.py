@@ -277,7 +277,7 @@ def _check_numbers(recipe: Recipe) -> None:
 
 
 def _check_warmup(recipe: Recipe, scheduler: Component | None) -> None:
-    """Refuses a warm-up that Composer can't compare with the schedule: if only one of them is in samples."""
+    """Refuses a warm-up in samples beside a schedule in other units, or the reverse: Composer can't compare them."""
     if scheduler is None or "t_warmup" not in scheduler.arguments:
         return
     warmup, end = scheduler.arguments["t_warmup"], scheduler.arguments.get("t_max", "1dur")
