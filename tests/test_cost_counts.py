@@ -10,6 +10,7 @@ from composer.algorithms.squeeze_excite.squeeze_excite import SqueezeExciteConv2
 from helpers import cost_settings
 from torch import nn
 
+from composer_se import ops
 from composer_se.cost.counts import count, saved_bytes
 from composer_se.cost.passes import FullSizePasses, full_size_passes
 from composer_se.cost.variants import Variant
@@ -143,6 +144,21 @@ def test_counts_of_a_network_are_those_worked_out_by_hand():
     assert counts.multiply_adds == 2 * 4 * 9 * 25 + 4 * 3 + 3 * 4 + 4 * 7
     assert counts.passes == (6,)
     assert counts.peak_bytes is None
+
+
+def test_passes_are_those_of_the_studys_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "MIN_NUMEL", 7 * 4 * 25)  # the norm takes the gates of seven images, not of fewer
+
+    def build() -> nn.Module:
+        body = conv_norm(lambda conv: SqueezeExciteConv2d(conv=conv, latent_channels=3, followed_by_norm=True))
+        return nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    images, targets = torch.randn(7, 2, 5, 5), torch.zeros(7, dtype=torch.long)
+    at_five, at_seven = (
+        count(variant(build, "0.0"), cost_settings(batch_size=n), images[:n], targets[:n]).passes for n in (5, 7)
+    )
+    assert at_seven == (6,)
+    assert at_five > at_seven
 
 
 def test_passes_do_not_count_weights_that_happen_to_be_as_large_as_the_map():

@@ -105,7 +105,10 @@ def analyse(
     if not right:
         raise UserError("--data: there are no held-out images")
     if not sums:
-        raise UserError("the network has Squeeze-and-Excitation layers, but its forward pass runs none of them")
+        raise UserError(
+            "the network has Squeeze-and-Excitation layers, but its forward pass runs none of them; check which "
+            "modules it calls, or choose other convs with algorithms.squeeze_excite.include"
+        )
     sums = {name: sums[name] for name in blocks if name in sums}  # a layer that never runs has no gates
     shares = {name: moments(s.sum(0))[0] / blocks[name].gate_limit for name, s in sums.items()}
     fixed = {name: torch.logit(share, eps=1e-6) for name, share in shares.items()}
