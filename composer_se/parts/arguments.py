@@ -25,20 +25,20 @@ def check_arguments(
 ) -> dict[str, Any]:
     """Checks names and types of arguments, and converts values to the annotated types.
 
-    Converts where YAML can't express the type. A string such as `1e-4` becomes a number, because most YAML readers
-    return it as a string. A list becomes a tuple, a number a string, a string a `Path`, a value an enumeration member.
+    Most YAML readers return `1e-4` as a string, so such a string becomes a number. A list becomes a tuple, a number a
+    string, a string a `Path`, and a value a member of an enumeration, where the annotation asks for it.
 
     Args:
         target: The class or function that will be called.
         given: Arguments by name.
         path: The key path of the arguments' section, for the messages.
-        supplied: Names that the caller fills in and the user must not.
+        supplied: Names of arguments that the caller adds, and that the user must not give.
 
     Returns:
         The converted arguments.
 
     Raises:
-        UserError: A name is unknown, a required one is missing, or a value can't be converted.
+        UserError: If a name is unknown, a required argument is missing, or a value can't be converted.
     """
     parameters = signature(target).parameters
     named = {
@@ -77,10 +77,10 @@ def construct(target: Callable[..., Any], path: str, /, *args: Any, **kwargs: An
 
 
 def argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
-    """The end of the path to the argument that a message is about, as far as the message shows it.
+    """Returns ``.NAME`` for the argument that an error message is about, or nothing if the message does not show it.
 
     The message begins with the argument's name, or is one of torch's ("Invalid learning rate: -1") and holds the name
-    or the value of a single one.
+    or the value of one argument only.
     """
     blamed = [name for name in arguments if re.match(rf"`?{re.escape(name)}\b", message)]
     if not blamed and message.startswith("Invalid"):
@@ -93,7 +93,7 @@ def argument_blamed(message: str, arguments: Mapping[str, Any]) -> str:
 
 
 def signature(target: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a function or a class; any arguments where Python doesn't know it."""
+    """The signature of a function or a class. If Python doesn't know it, one that takes any arguments."""
     if inspect.isclass(target) and _inherits_catch_all(target):
         return inspect.Signature()
     try:
@@ -103,7 +103,7 @@ def signature(target: Callable[..., Any]) -> inspect.Signature:
 
 
 def _inherits_catch_all(cls: type) -> bool:
-    """Composer's Callback takes any arguments and ignores them; a subclass without a constructor takes none."""
+    """True for a class that inherits a constructor which ignores its arguments, like that of Composer's Callback."""
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
     parameters = list(inspect.signature(owner.__init__).parameters.values())[1:]
     return owner is not cls and all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
@@ -187,7 +187,7 @@ def _convert_scalar(value: Any, scalar: type) -> Any:
     elif not isinstance(value, bool) and isinstance(value, (int, float, str)):
         if scalar is str:
             return str(value)
-        # An int is a float to Python's type system, and 64 may mean another thing than 64.0.
+        # An int stays an int, also for float: 64 may mean another thing than 64.0.
         number = value if isinstance(value, int) else float(value)
         if scalar is int and float(number).is_integer():
             return int(number)

@@ -1,7 +1,7 @@
 """The residual networks for 32×32 images of He et al., https://arxiv.org/abs/1512.03385, section 4.2.
 
-Differs from the paper in two things: any number of input channels, and a smallest network of 8 layers. Shortcuts that
-change the shape are the paper's option A, subsampling and zero-padded channels, and so have no parameters.
+Unlike the paper's, they take any number of input channels, and the smallest has 8 layers. A shortcut that changes the
+shape is the paper's option A: it subsamples and pads the channels with zeros, without parameters.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ _SOURCES = {
     "scheduler": ((composer.optim,), composer.optim.ComposerScheduler),
 }
 
-# What a part of the user's own has to make.
+# What the user's own function or class must return.
 _EXPECTED = {
     "algorithms": "a composer.Algorithm",
     "callbacks": "a composer.Callback",
@@ -47,7 +47,7 @@ _EXPECTED = {
     "scheduler": "a scheduler, called with (state, ssr)",
 }
 
-# A recipe may leave out what the section already says: `wandb` for `wandb_logger`.
+# Suffixes that a recipe may leave out: `wandb` for `wandb_logger`.
 _SUFFIXES = {"callbacks": "callback", "loggers": "logger", "scheduler": "scheduler"}
 
 
@@ -59,7 +59,7 @@ def components(section: str) -> dict[str, type]:
         section: `algorithms`, `callbacks`, `loggers`, `optimizer` or `scheduler`.
 
     Returns:
-        Name to class. The name is Composer's own spelling where the class has a module to itself (`randaugment`,
+        The classes by name. The name is that of the class's module if the class has one to itself (`randaugment`,
         `ghost_batchnorm`), else the class's name in snake_case.
     """
     modules, base = _SOURCES[section]
@@ -72,17 +72,16 @@ def components(section: str) -> dict[str, type]:
 
 
 def resolve(section: str, name: str, path: str) -> Callable[..., Any]:
-    """The class that a name stands for, or a function that makes what the section needs.
+    """The class that a name stands for, or the user's function that makes a component.
 
     Args:
         section: The section, as `components` takes it.
-        name: The component's name. Underscores and a suffix that repeats the section don't matter:
-            `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`. Or `package.module:name` of the
-            user's own.
+        name: The component's name, or `package.module:name` of the user's own. Underscores and a suffix that repeats
+            the section make no difference: `mixup`, `mix_up`; `cosine_annealing`, `cosine_annealing_scheduler`.
         path: The key path of the name, for the message.
 
     Raises:
-        UserError: No such component.
+        UserError: If there is no such component, or the user's module can't be imported.
     """
     if ":" in name:
         return own_part(name, path, _EXPECTED[section], lambda made: _fits(made, section))
@@ -100,7 +99,7 @@ def resolve(section: str, name: str, path: str) -> Callable[..., Any]:
 
 
 def _fits(made: Any, section: str) -> bool:
-    """True if an object can be used in a section. A scheduler is anything that takes two arguments when called."""
+    """True if an object can be used in a section. Any function of two arguments is a scheduler."""
     if section != "scheduler":
         return isinstance(made, _SOURCES[section][1])
     try:

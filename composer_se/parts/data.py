@@ -40,13 +40,14 @@ class DataSet:
     """A data set that a recipe can name.
 
     Attributes:
-        open: Makes a split, called with `train` and the arguments that the recipe gives.
-        layout: The files that it reads, for the reference page.
-        count_classes: Called with the recipe's arguments. Returns the number of classes, None if it can't be known yet.
-        image_size: Height and width in pixels of what a network gets; None where the argument `image_size` says it.
-        find_fault: Called with `train` and the recipe's arguments before anything is built. Returns the argument that
-            is wrong and what is wrong with it, or None.
-        shared: Arguments that divide the images into the two splits, so that both splits must agree on them.
+        open: A function of `train` and the recipe's arguments that makes a split.
+        layout: The files that the data set reads, for the reference page.
+        count_classes: A function of the recipe's arguments that returns the number of classes, or None if it is unknown
+            before the images are read.
+        image_size: Height and width in pixels of the images that a network gets. None: the argument `image_size`.
+        find_fault: A function of `train` and the recipe's arguments, called before anything is built. It returns the
+            name of the wrong argument and the fault, or None.
+        shared: Names of the arguments that divide the images into the two splits. Both splits need the same values.
     """
 
     open: Callable[..., Split]
@@ -58,14 +59,14 @@ class DataSet:
 
 
 def find_dataset(name: str, path: str) -> DataSet:
-    """The data set of a name, which may be `package.module:name` of a function or class of the user's.
+    """Finds a data set by its name.
 
     Args:
-        name: The name.
+        name: A key of `DATASETS`, or `package.module:name` of a function or class of the user's.
         path: The key path of the name, for the messages.
 
     Raises:
-        UserError: Unknown name, or one that can't be imported.
+        UserError: If the name is unknown, or the user's module, function or class can't be used.
     """
     if ":" in name:
         return _own_dataset(name, path)
@@ -75,7 +76,7 @@ def find_dataset(name: str, path: str) -> DataSet:
 
 
 def image_size(section: Mapping[str, Any]) -> int | None:
-    """Height and width in pixels of the images of a recipe's data; None for a data set of the user's that doesn't say.
+    """Height and width in pixels of a recipe's images, or None if a data set of the user's has no `image_size`.
 
     Args:
         section: The recipe's `train_dataset` or `eval_dataset`.

@@ -25,9 +25,8 @@ __all__ = ["cifar10", "cifar100", "digits", "fashion_mnist", "image_folder", "im
 def digits(train: bool) -> Images:
     """The 1797 handwritten digits of scikit-learn, 8×8, grey, 10 classes.
 
-    The held-out fifth (360 images) is drawn once, stratified by class, with a seed that no recipe changes: every
-    run is measured on the same images. Augmented by small rotations, shifts and scalings; no flips, which would turn
-    a digit into none.
+    A fixed fifth (360 images), stratified by class, is held out: every run is measured on the same images. Small random
+    rotations, shifts and scalings augment the training images. Flips don't: a flipped digit is none.
     """
     from sklearn.datasets import load_digits  # takes a second, for this data set alone
     from sklearn.model_selection import train_test_split
@@ -56,16 +55,17 @@ def fashion_mnist(
     """Fashion-MNIST: 60,000 and 10,000 images of clothing, 28×28, grey, 10 classes.
 
     Args:
-        train: The training images, or the held-out ones.
-        root: The folder that holds the data, or that they are downloaded to.
-        padding: Pixels on each side of the training images from which crops are drawn; 0 for no crops.
-        image_size: Height and width that the images are brought to, after the crop.
-        num_channels: 3 repeats the grey channel and scales pixels from 0 to 255 as (x - 127) / 128, for pretrained
-            networks that take such images.
-        num_samples: Train on so many images only, always the same random ones. None: all.
+        train: True for the training images, False for the held-out ones.
+        root: The folder of the data. They are downloaded there if it does not hold them.
+        padding: Pixels that are added on each side of a training image before a random crop; 0 for no crops.
+        image_size: Height and width in pixels that the images are resized to, after the crop.
+        num_channels: 1, or 3 for pretrained networks that take colour images: the grey channel is repeated, and a pixel
+            x from 0 to 255 becomes (x - 127) / 128.
+        num_samples: The number of training images, always the same random ones. None: all.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: If an argument is out of range, ``num_samples`` is given for the held-out images, or the download
+            fails.
     """
     if padding < 0:
         raise ValueError(f"padding must be 0 or more, got {padding}")
@@ -95,8 +95,11 @@ def cifar10(train: bool, root: str = "data") -> Images:
     """CIFAR-10: 50,000 and 10,000 images, 32×32, 10 classes.
 
     Args:
-        train: The training images, or the held-out ones.
-        root: The folder that holds the data, or that they are downloaded to.
+        train: True for the training images, False for the held-out ones.
+        root: The folder of the data. They are downloaded there if it does not hold them.
+
+    Raises:
+        ValueError: If the download fails.
     """
     return _cifar("CIFAR10", train, root, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
@@ -105,8 +108,11 @@ def cifar100(train: bool, root: str = "data") -> Images:
     """CIFAR-100: 50,000 and 10,000 images, 32×32, 100 classes.
 
     Args:
-        train: The training images, or the held-out ones.
-        root: The folder that holds the data, or that they are downloaded to.
+        train: True for the training images, False for the held-out ones.
+        root: The folder of the data. They are downloaded there if it does not hold them.
+
+    Raises:
+        ValueError: If the download fails.
     """
     return _cifar("CIFAR100", train, root, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 
@@ -116,19 +122,19 @@ def image_folder(
 ) -> Images:
     """Your own image files: one folder of images per class.
 
-    The classes are those of the folders, numbered by name. Training takes random resized crops and flips, evaluation
-    the central crop of 7/8. Without folders `train` and `val`, a part of every class is held out, always the same
-    images as long as no file is added, renamed or removed.
+    Each folder is a class; the classes are numbered in the order of the folders' names. Training uses random resized
+    crops and flips, evaluation the central crop of 7/8. Without folders `train` and `val`, a part of every class is
+    held out, always the same images as long as no file is added, renamed or removed.
 
     Args:
-        train: The images to train on, or those held out.
-        root: The folder of the tree.
-        image_size: Height and width of the crops.
-        val_fraction: Share of the images to hold out; of no use where `root` holds `train` and `val`.
-        split_seed: Which images are held out is drawn with this seed.
+        train: True for the images to train on, False for the held-out ones.
+        root: The folder that holds the folders of the classes, or `train` and `val`.
+        image_size: Height and width of the crops in pixels.
+        val_fraction: Share of the images to hold out, in (0, 1). It has no effect if `root` holds `train` or `val`.
+        split_seed: Seed of the random choice of the held-out images.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: If an argument is out of range, or a split would have no image.
     """
     transform = _imagenet_transform(train, image_size)
     folder, is_whole = split_folder(Path(root), train)
@@ -141,9 +147,12 @@ def imagenet(train: bool, root: str = "imagenet", image_size: int = 224) -> Imag
     """ImageNet: the same as `image_folder`, for folders `train` and `val`.
 
     Args:
-        train: `root/train` or `root/val`.
-        root: The folder of the tree.
-        image_size: Height and width of the crops.
+        train: True for the images in `root/train`, False for those in `root/val`.
+        root: The folder that holds `train` and `val`.
+        image_size: Height and width of the crops in pixels.
+
+    Raises:
+        ValueError: If ``image_size`` is below 1.
     """
     return image_folder(train, root, image_size)
 
@@ -159,21 +168,22 @@ def streaming(
     num_canonical_nodes: int | None = None,
     shuffle_block_size: int = 262144,
 ) -> StreamedImages:
-    """Images streamed from object storage, augmented as those of `imagenet`.
+    """Images that mosaicml-streaming fetches from object storage, with the transforms of `imagenet`.
 
     Args:
-        train: Augment the images.
+        train: True for the random crops and flips of training, False for the central crop.
         remote: Place of the shards, such as `s3://bucket/folder`. None: all of them are in `local`.
-        local: Folder in which each node keeps the shards it fetched.
+        local: Folder in which each node keeps the shards that it fetched. None: mosaicml-streaming's choice.
         split: Subfolder of `remote` and of `local` that holds the shards. None: they hold the shards themselves.
-        image_size: Height and width of the crops.
+        image_size: Height and width of the crops in pixels.
         cache_limit: The most that `local` may hold, such as `100gb`. None: no limit.
-        predownload: Images to fetch ahead per worker. None: mosaicml-streaming's choice.
-        num_canonical_nodes: Fixes the order of images for resuming on another number of nodes.
-        shuffle_block_size: Images that are shuffled together.
+        predownload: Number of images that a worker fetches ahead. None: mosaicml-streaming's choice.
+        num_canonical_nodes: Number of nodes that fixes the order of the images, to resume on another number of nodes.
+            None: the nodes of this run.
+        shuffle_block_size: Number of images that are shuffled together.
 
     Raises:
-        ValueError: Neither `remote` nor `local` is given.
+        ValueError: If neither `remote` nor `local` is given, or ``image_size`` is below 1.
     """
     if remote is None and local is None:
         raise ValueError("set remote (where the shards are), or local (when all of them are here)")
@@ -197,14 +207,14 @@ def synthetic(
     """Noise, for measuring throughput; the same for both splits.
 
     Args:
-        train: Makes no difference.
+        train: Has no effect.
         num_samples: Number of images.
-        image_size: Height and width.
+        image_size: Height and width of the images in pixels.
         num_channels: Channels of an image.
         num_classes: Number of classes.
 
     Raises:
-        ValueError: A number is below 1.
+        ValueError: If a number is below 1.
     """
     del train
     if min(num_samples, image_size, num_channels, num_classes) < 1:
@@ -245,7 +255,7 @@ class _SyntheticImages(Dataset):
 
 
 def _cifar(cls: str, train: bool, root: str, mean: tuple[float, ...], std: tuple[float, ...]) -> Images:
-    """With crops of the image padded by 4, and flips (He et al., https://arxiv.org/abs/1512.03385, section 4.2)."""
+    """Training takes padded crops and flips (He et al., https://arxiv.org/abs/1512.03385, section 4.2)."""
     images = _downloaded(cls, root, train)
     return Images(images, _to_tensor(_pad_crop_flip(32, 4) if train else [], mean, std), True, images.classes)
 
@@ -261,7 +271,7 @@ def _downloaded(cls: str, root: str, train: bool) -> Any:
 
 
 def _read_idx(path: Path) -> np.ndarray:
-    """An array of unsigned bytes in the IDX format of MNIST, gzipped."""
+    """Reads an array of unsigned bytes from a gzipped file in MNIST's IDX format."""
     content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, dtype=">i4", count=dimensions, offset=4)

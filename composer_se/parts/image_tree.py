@@ -1,4 +1,4 @@
-"""Trees of image files with one folder per class: which classes there are, and which images belong to a split."""
+"""Trees of image files with one folder per class: their classes and their splits."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["ImageTree", "count_tree_classes", "find_tree_fault", "split_folder",
 
 
 class ImageTree(ImageFolder):
-    """The images of a folder of classes, (image, class number); classes are numbered by name.
+    """The images of a folder of classes, as (image, class number). Classes are numbered in the order of their names.
 
     Raises:
-        UserError: When an image is read that can't be decoded; it names the file.
+        UserError: When an image is read that can't be decoded. The message names the file.
     """
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
@@ -39,23 +39,23 @@ class ImageTree(ImageFolder):
 
 
 def split_folder(root: Path, train: bool) -> tuple[Path, bool]:
-    """The folder that holds a split's classes, and whether it holds those of the other split too."""
+    """The folder that holds a split's classes, and True if the other split's images are in the same folder."""
     if any(_is_folder(root / split) for split in ("train", "val")):
         return root / ("train" if train else "val"), False
     return root, True
 
 
 def split_indices(labels: Sequence[int], train: bool, val_fraction: float, seed: int) -> list[int]:
-    """Draws the images to hold out from every class, in proportion.
+    """The indices of a split's images. The held-out images are drawn from every class, in proportion.
 
     Args:
         labels: The classes of all images.
-        train: The images to train on, or those held out.
-        val_fraction: Share of the images to hold out.
-        seed: The seed of the random choice.
+        train: True for the images to train on, False for the held-out ones.
+        val_fraction: Share of the images to hold out, in (0, 1).
+        seed: The seed of the random choice, 0 to 2³² - 1.
 
     Raises:
-        ValueError: A value is out of range, or so few images that a split would be empty.
+        ValueError: If a value is out of range, or a split would have no image.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction must be above 0 and below 1, got {val_fraction}")
@@ -71,11 +71,11 @@ def split_indices(labels: Sequence[int], train: bool, val_fraction: float, seed:
 
 
 def count_tree_classes(arguments: Mapping[str, Any], root: str = "") -> int | None:
-    """Counts the classes in a tree; None where there is no such folder.
+    """Counts the classes in a tree. Returns None if there are none, or no such folder.
 
     Args:
         arguments: The arguments of the data set, by name.
-        root: Default of the argument `root`.
+        root: Used if the arguments have no `root`.
     """
     folder, _ = split_folder(Path(arguments.get("root", root)), train=True)
     try:
@@ -85,7 +85,7 @@ def count_tree_classes(arguments: Mapping[str, Any], root: str = "") -> int | No
 
 
 def find_tree_fault(train: bool, arguments: Mapping[str, Any], root: str = "") -> tuple[str, str] | None:
-    """What is wrong with a tree, found without reading an image: the argument and the fault."""
+    """Looks for a fault in a tree without reading an image. Returns the name of the wrong argument and the fault."""
     try:
         fault = _find_fault(train, Path(arguments.get("root", root)))
     except OSError as error:  # no permission

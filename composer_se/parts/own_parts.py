@@ -1,4 +1,4 @@
-"""Parts of the user's own by name: `package.module:name`, looked for in the current folder too."""
+"""Imports the user's own parts by name: `package.module:name`, also from the current folder."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def own_part(name: str, path: str, expected: str, fits: Callable[[Any], bool]) -
     Args:
         name: `package.module:name`.
         path: The recipe's key that holds the name, such as ``model.name``. Error messages start with it.
-        expected: What the function or class must return, for the message.
+        expected: The kind of object that the function or class must return, for the message.
         fits: Returns True for an object of the expected kind.
 
     Returns:
-        A function with the signature of the user's. It raises a `UserError` where the user's fails or makes something
-        else.
+        A function with the signature of the user's. It raises a `UserError` if the user's fails or returns an object of
+        another kind.
 
     Raises:
-        UserError: The module can't be imported, or holds no such function or class.
+        UserError: If the module can't be imported, or holds no such function or class.
     """
     module_name, _, attribute = name.partition(":")
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a console script does not look in the current folder by itself
+        sys.path.insert(0, str(Path.cwd()))  # Python does not search the current folder for a console script
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module does when it is imported

@@ -34,19 +34,19 @@ def read_weights(path: str, key: str) -> Mapping[str, Tensor]:
 
     Args:
         path: The file.
-        key: The recipe's key that names it, for the messages.
+        key: The recipe's key that names the file, for the messages.
 
     Raises:
-        UserError: It can't be read, or holds no weights.
+        UserError: If the file can't be read, or holds no weights.
     """
     return _weights_in(_read(path, key), path, key)
 
 
 def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
-    """Reads the file of `load_path`. Returns None for a checkpoint of Composer: the Trainer loads it.
+    """Reads the weights of `load_path`. Returns None for what the Trainer loads itself: checkpoints and remote files.
 
     Raises:
-        UserError: It can't be read, or holds no weights.
+        UserError: If the file can't be read, or holds no weights.
     """
     if not load_path or not os.path.isfile(load_path):  # noqa: PTH113 - a folder, an object store, a pattern
         return None
@@ -55,18 +55,18 @@ def read_plain_weights(load_path: str | None) -> Mapping[str, Tensor] | None:
 
 
 def load_weights(network: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Loads pretrained weights into a network as it was built. A classifier for other classes stays as it is.
+    """Loads pretrained weights into a network, all but a classifier for another number of classes.
 
-    The last weight of a network says how many classes it has. The classifier, auxiliary ones included, is whatever
-    differs from the file in this number alone. Auxiliary classifiers that the network lacks are left out.
+    The last weight of a network shows its number of classes. Weights that differ from the file's in this number alone
+    are its classifiers, auxiliary ones included. Auxiliary classifiers that the network lacks are left out.
 
     Args:
         network: The network, before any algorithm has changed it.
         weights: The tensors by name.
-        source: Their name or file, for the messages.
+        source: The name or the file of the weights, for the messages.
 
     Raises:
-        UserError: The weights of another network.
+        UserError: If the weights are of another network, or of one with SE.
     """
     ours, theirs = network.state_dict(), _under_its_names(weights, network)
     classifier = _other_classifier(ours, theirs)
@@ -90,12 +90,12 @@ class LoadedWeights(Algorithm):
 
     Args:
         weights: The state dict, saved before or after the surgery.
-        path: Its file, for the messages.
-        strict: Refuse weights that are missing or left over.
-        ignored: Patterns of names to leave out.
+        path: The file of the state dict, for the messages.
+        strict: True refuses a state dict that lacks weights of the network or holds others.
+        ignored: Glob patterns over names of weights that are not loaded.
 
     Raises:
-        UserError: It doesn't fit the network.
+        UserError: When it runs, if the state dict does not fit the network.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], path: str, strict: bool, ignored: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ class LoadedWeights(Algorithm):
 
 
 class _Ignored:
-    """Stands for an object of any class in a file."""
+    """Takes the place of the objects in a file that are not loaded."""
 
     def __init__(self, *_: Any) -> None:
         """Takes the arguments of any class."""
@@ -170,7 +170,7 @@ def _read(path: str, key: str) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except ModuleNotFoundError as error:
         raise UserError(f"{key}: {path}: needs safetensors; install it with pip install safetensors") from error
-    except Exception as error:  # unpickling has another one for every byte that can be wrong
+    except Exception as error:  # unpickling may raise any
         raise UserError(f"{key}: {path}: can't be read ({one_line(error)[:300] or type(error).__name__})") from error
 
 
@@ -219,10 +219,10 @@ def _other_classifier(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
 
 
 def _differences(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, str]]:
-    """The names that are not in both, or not with the same shape, and why."""
+    """The names that are missing, left over or of another shape, each with the fault."""
     for name, weight in ours.items():
         if name not in theirs:
-            if not name.endswith("num_batches_tracked"):  # which batch norm has had since torch 0.4.1 only
+            if not name.endswith("num_batches_tracked"):  # batch norm has it since torch 0.4.1 only
                 yield name, "is missing"
         elif weight.shape != theirs[name].shape:
             yield name, f"is {_shape(theirs[name])} instead of {_shape(weight)}"
