@@ -18,7 +18,7 @@ def writing(path: Path) -> Iterator[None]:
     """Raises a one-line error if the write inside the `with` fails.
 
     Raises:
-        UserError: The write failed.
+        UserError: If the write failed.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def replace_file(path: Path, content: str | bytes) -> None:
     """Writes a file. If that fails, the old file stays.
 
     Raises:
-        UserError: The write failed.
+        UserError: If the write failed.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):

@@ -45,7 +45,7 @@ def read_network(args: argparse.Namespace) -> NamedNetwork:
     """Finds the network that the arguments name, and does not build it yet.
 
     Raises:
-        UserError: The arguments name no network, several networks, or one that does not exist. `build` raises a
+        UserError: If the arguments name no network, several networks, or one that does not exist. `build` raises a
             `UserError` if the network can't be built.
     """
     named = {"package.module:factory": args.factory, "--model": args.model, "--recipe": args.recipe}

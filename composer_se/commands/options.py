@@ -42,7 +42,7 @@ def read_device(args: argparse.Namespace) -> torch.device:
     """The device of `--device`. By default the GPU if there is one, else the CPU.
 
     Raises:
-        UserError: Torch does not know the device, or can't compute on it here.
+        UserError: If torch does not know the device, or can't compute on it here.
     """
     import torch
 
@@ -101,7 +101,7 @@ def read_min_channels(text: str) -> int | str:
     """Reads one value of --min-channels.
 
     Raises:
-        UserError: The value is neither a whole number from 1 on nor "auto".
+        UserError: If the value is neither a whole number from 1 on nor "auto".
     """
     return _read_number("--min-channels", text, "min_channels")
 

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Removes the blocks, writes weights, recipe, numbers and picture, and prints the results.
 
     Raises:
-        UserError: An argument is wrong, the recipe has no SE, the run, its checkpoint or the data can't be loaded, or a
-            file can't be written.
+        UserError: If an argument is wrong, the recipe has no SE, the run, its checkpoint or the data can't be loaded,
+            or a file can't be written.
     """
     tolerance = args.tolerance
     if not 0 <= tolerance < math.inf:

@@ -42,8 +42,8 @@ def run_recipe(recipe: str, overrides: Sequence[str] = ()) -> int:
         The exit code: 0 when the run is complete (now or already before), 130 or 143 when it was interrupted.
 
     Raises:
-        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
-            damaged. Or a file could not be written; the next call continues the run.
+        UserError: If the recipe is wrong, the run folder belongs to another recipe, its latest checkpoint is damaged,
+            or a file can't be written. The next call continues the run.
     """
     from composer_se.recipe.load import load_recipe
 

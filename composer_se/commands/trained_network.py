@@ -67,7 +67,7 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
         device: The device of the network.
 
     Raises:
-        UserError: A file is missing or damaged, the checkpoint does not fit, or the network has no SE layers.
+        UserError: If a file is missing or damaged, the checkpoint does not fit, or the network has no SE layers.
     """
     run_folder = _run_folder(source)
     if recipe_name is None and run_folder is None:

@@ -67,8 +67,8 @@ def run_recipes(comparison: Comparison, seed_index: int) -> dict[str, Recipe]:
     A run's folder is `FOLDER/runs/ARM-seedN`.
 
     Raises:
-        UserError: A recipe is wrong or has no `eval_dataset`, an override sets a key that the comparison sets itself,
-            or an arm can't be compared with the reference at equal epochs.
+        UserError: If a recipe is wrong or has no `eval_dataset`, an override sets a key that the comparison sets
+            itself, or an arm can't be compared with the reference at equal epochs.
     """
     reserved = keys("set")  # the comparison sets these keys itself, so that each run has its own
     _refuse(comparison.overrides, [key for key in reserved if key != "seed"])

@@ -40,7 +40,7 @@ def read_or_measure_speeds(
         The speeds by arm, the machine that the reference was measured on, and the number of processes there.
 
     Raises:
-        UserError: A recipe can't be built, or speeds.json is damaged or comes from another GPU or another number of
+        UserError: If a recipe can't be built, or speeds.json is damaged or comes from another GPU or another number of
             processes.
     """
     path = folder / "speeds.json"

@@ -48,7 +48,7 @@ def read_outcome(summary: dict[str, Any], run_folder: Path, seed: int) -> Outcom
     """Reads a complete run from its summary and its metrics.
 
     Raises:
-        UserError: The run was never evaluated, or its metrics are damaged.
+        UserError: If the run was never evaluated, or its metrics are damaged.
     """
     accuracies: dict[int, float] = {}
     path = run_folder / "metrics.jsonl"
@@ -85,8 +85,8 @@ def kept_outcome(recipe: Recipe, folder: Path) -> Outcome | None:
     """Reads the kept outcome of a recipe's run. Returns None if there is none.
 
     Raises:
-        UserError: The outcome is damaged or belongs to another recipe. Or there is none, and the run's
-            `recipe.yaml` can't be read or is another.
+        UserError: If the outcome is damaged or belongs to another recipe, or if there is no outcome and the run's
+            `recipe.yaml` is damaged or another.
     """
     path = folder / "outcomes" / f"{recipe.run_name}.json"
     under_way = Path(recipe.run_folder) / "recipe.yaml"
@@ -109,7 +109,7 @@ def read_json(path: Path) -> Any:
     """Reads a JSON file of a comparison.
 
     Raises:
-        UserError: The file is damaged.
+        UserError: If the file is damaged.
     """
     try:
         return json.loads(path.read_text())

@@ -59,7 +59,7 @@ def check(comparison: Comparison) -> None:
     """Checks every arm before anything is trained or written.
 
     Raises:
-        UserError: An arm's recipe is wrong.
+        UserError: If an arm's recipe is wrong.
     """
     make_plan(load_recipe(comparison.recipe, comparison.overrides))  # an error of the recipe itself must name no arm
     for name, recipe in run_recipes(comparison, 0).items():

@@ -90,7 +90,7 @@ def take_turn(name: str, recipe: Recipe, share: float, steps: int) -> Turn:
         The times of rank zero, on all ranks.
 
     Raises:
-        UserError: The recipe can't be built.
+        UserError: If the recipe can't be built.
     """
     stopwatch = _Stopwatch(steps)
     with checking(name):

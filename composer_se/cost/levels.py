@@ -68,7 +68,7 @@ def find_levels(seconds: Mapping[str, Sequence[Sequence[float]]]) -> Levels:
     median over rounds, so a single disturbed visit does not count.
 
     Raises:
-        ValueError: No variant has two instances.
+        ValueError: If no variant has two instances.
     """
     logs = {name: np.log(rows) for name, rows in seconds.items()}
     common = np.median(np.concatenate(list(logs.values())), axis=0)

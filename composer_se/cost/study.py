@@ -66,7 +66,7 @@ def measure(name: str, network: nn.Module, settings: Settings, progress: Progres
         progress: Called after each count and each visit.
 
     Raises:
-        UserError: A setting is wrong, or the network does not run on a batch of images.
+        UserError: If a setting is wrong, or the network does not run on a batch of images.
     """
     machine = describe_machine(settings.device)
     variants, notes = make_variants(

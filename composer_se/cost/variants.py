@@ -50,7 +50,7 @@ def make_variants(
         is that wide.
 
     Raises:
-        UserError: An option is wrong, no setting fits a conv, or Composer is wanted but not installed.
+        UserError: If an option is wrong, no setting fits a conv, or Composer is wanted but not installed.
     """
     variants = [Variant(PLAIN, "plain", None, (), lambda: copy.deepcopy(network))]
     notes: list[str] = []
@@ -116,7 +116,7 @@ def composers_layers() -> Any:
     """Composer's module with the layers of its built-in algorithm.
 
     Raises:
-        UserError: Composer is not installed.
+        UserError: If Composer is not installed.
     """
     try:
         from composer.algorithms.squeeze_excite import squeeze_excite

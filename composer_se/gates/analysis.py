@@ -84,7 +84,7 @@ def analyse(
         advance: Called with the task, the batches done, and their number (0 if unknown).
 
     Raises:
-        UserError: The labels are no class numbers of the network, there are no images, or no layer runs.
+        UserError: If the labels are no class numbers of the network, there are no images, or no layer runs.
     """
     blocks = se_blocks(network)
     total = len(batches) if hasattr(batches, "__len__") else 0  # pyright: ignore[reportArgumentType]
@@ -129,7 +129,7 @@ def on_device(batches: Iterable[Any], network: nn.Module) -> Iterator[tuple[Tens
     """Yields the images and labels of batches on the network's device.
 
     Raises:
-        UserError: The labels are no class numbers.
+        UserError: If the labels are no class numbers.
     """
     device = next(network.parameters()).device
     for images, labels in batches:

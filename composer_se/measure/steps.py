@@ -37,7 +37,7 @@ def loss_of(outputs: Any, targets: torch.Tensor) -> torch.Tensor:
     the number of classes.
 
     Raises:
-        TypeError: There is no floating-point tensor among the outputs.
+        TypeError: If there is no floating-point tensor among the outputs.
     """
     losses = [
         nn.functional.cross_entropy(out, targets % out.shape[1]) if out.ndim == 2 else out.float().sum()

@@ -54,8 +54,8 @@ def check_latest(folder: Path) -> None:
     them, and a run that resumes from damaged weights looks like any other.
 
     Raises:
-        UserError: The latest checkpoint is damaged, or its link points to a missing file. The message names the newest
-            whole checkpoint, if any, and the command to continue from it or to begin anew.
+        UserError: If the latest checkpoint is damaged, or its link points to a missing file. The message names the
+            newest whole checkpoint, if any, and the command to continue from it or to begin anew.
     """
     latest = folder / LATEST
     if not os.path.lexists(latest) or latest.is_dir():  # a sharded checkpoint is a folder; it is not checked
@@ -81,7 +81,7 @@ def check_whole(checkpoint: Path) -> None:
     """Refuses a checkpoint that is damaged, or a link to a missing file.
 
     Raises:
-        UserError: The checkpoint is damaged or missing. For a run's latest, `check_latest` raises it.
+        UserError: If the checkpoint is damaged or missing.
     """
     if checkpoint.name == LATEST:
         check_latest(checkpoint.parent)

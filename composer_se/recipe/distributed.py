@@ -34,7 +34,7 @@ def from_rank_zero(read: Callable[[], T]) -> T:
     """Calls a function on rank zero alone and returns its value on all ranks.
 
     Raises:
-        UserError: `read` raised it on rank zero. All ranks raise it.
+        UserError: If `read` raises one on rank zero, on all ranks.
     """
     message: list[Any] = [None, None]
     if dist.get_global_rank() == 0:

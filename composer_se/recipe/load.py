@@ -39,7 +39,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = ()) -> Recipe:
         The recipe with defaults filled in and every `${...}` resolved.
 
     Raises:
-        UserError: The file is missing or not YAML, a key is unknown or missing, or a value has the wrong type or is
+        UserError: If the file is missing or not YAML, a key is unknown or missing, or a value has the wrong type or is
             out of range.
     """
     path = find_recipe(recipe)
@@ -87,7 +87,7 @@ def find_recipe(recipe: str) -> Path:
         The path of a file. An existing file takes precedence over a shipped recipe of the same name.
 
     Raises:
-        UserError: There is no such file and no such shipped recipe.
+        UserError: If there is no such file and no such shipped recipe.
     """
     try:
         path = Path(recipe).expanduser()

@@ -59,8 +59,8 @@ def train(recipe: Recipe, callbacks: Sequence[Callback] = ()) -> tuple[dict[str,
         The content of `summary.json`, and True if the run was complete before.
 
     Raises:
-        UserError: The recipe is wrong, the run folder belongs to another recipe, or its latest checkpoint is
-            damaged. Or a file could not be written; the next call continues the run.
+        UserError: If the recipe is wrong, the run folder belongs to another recipe, its latest checkpoint is damaged,
+            or a file can't be written. The next call continues the run.
     """
     started = time.monotonic()
     plan = make_plan(recipe)
@@ -91,7 +91,7 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
         0 when `work` has returned, 130 after SIGINT, 143 after SIGTERM.
 
     Raises:
-        UserError: A file could not be written.
+        UserError: If a file could not be written.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
@@ -123,7 +123,7 @@ def _look_at_run_folder(recipe: Recipe) -> dict[str, Any] | None:
     """Returns the summary of the run if it is complete already. Call it on rank zero only.
 
     Raises:
-        UserError: The folder holds the run of another recipe, or the latest checkpoint is damaged.
+        UserError: If the folder holds the run of another recipe, or the latest checkpoint is damaged.
     """
     checkpoints = None if "://" in recipe.save_folder else Path(recipe.save_folder)
     if checkpoints:
@@ -191,7 +191,7 @@ def _say_where_load_path_begins(recipe: Recipe, trainer: Trainer) -> None:
     """Prints the epoch and batch of the checkpoint that a run starts from.
 
     Raises:
-        UserError: The checkpoint is at or after the end of the run.
+        UserError: If the checkpoint is at or after the end of the run.
     """
     if _is_trained(trainer):
         raise UserError(

@@ -61,7 +61,7 @@ def check_unchanged(recipe: Recipe) -> None:
     """Refuses to continue a run with a recipe that would have trained other weights.
 
     Raises:
-        UserError: The run is complete or has a checkpoint, and its recipe differs in a key that changes the weights.
+        UserError: If the run is complete or has a checkpoint, and its recipe differs in a key that changes the weights.
     """
     path = Path(recipe.run_folder) / "recipe.yaml"
     if not path.is_file() or not is_under_way(recipe):
@@ -94,7 +94,7 @@ def check_classes(recipe: Recipe, classes: Sequence[str] | None) -> None:
     """Refuses to continue a run on data with other classes: a label would mean another class.
 
     Raises:
-        UserError: The run is complete or has a checkpoint, and was trained on other classes.
+        UserError: If the run is complete or has a checkpoint, and was trained on other classes.
     """
     before = read_classes(Path(recipe.run_folder))
     if before and classes and before != [*classes] and is_under_way(recipe):

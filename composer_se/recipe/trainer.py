@@ -71,7 +71,7 @@ def build_parts(recipe: Recipe, plan: RunPlan) -> Parts:
     """Seeds the random generators and builds the parts of a run.
 
     Raises:
-        UserError: A component rejects a value, the data can't be read, or network and data don't fit.
+        UserError: If a component rejects a value, the data can't be read, or network and data don't fit.
     """
     algorithms = build_algorithms(plan.algorithms)
     if recipe.trainable is not None:
@@ -104,7 +104,7 @@ def build_loader(data: DataPlan, split: Split, batch_size: int, seed: int, train
     """Builds the loader of a split.
 
     Raises:
-        UserError: The data set rejects a value.
+        UserError: If the data set rejects a value.
     """
     return construct(split.loader, data.images.path, batch_size, seed, train, data.num_workers, pin_memory)
 
@@ -118,7 +118,7 @@ def count_outputs(network: nn.Module, model: Component, split: Split) -> int:
     """The number of the network's outputs for an image of the split.
 
     Raises:
-        UserError: The network rejects the image, or there is no image and the number of outputs is unknown.
+        UserError: If the network rejects the image, or there is no image and the number of outputs is unknown.
     """
     name = getattr(model.target, "__name__", "the network")
     image = split.example()
@@ -144,7 +144,7 @@ def try_network(network: nn.Module, image: Tensor, name: str) -> int:
         The number of outputs.
 
     Raises:
-        UserError: The network fails on the image, or does not return one number per class.
+        UserError: If the network fails on the image, or does not return one number per class.
     """
     modes = {module: module.training for module in network.modules()}
     try:
@@ -173,7 +173,7 @@ def make_trainer(parts: Parts, **options: Any) -> composer.Trainer:
         **options: The Trainer's other arguments.
 
     Raises:
-        UserError: An algorithm rejects the network, or the scheduler rejects the duration.
+        UserError: If an algorithm rejects the network, or the scheduler rejects the duration.
     """
     return composer.Trainer(
         model=ComposerClassifier(parts.network, num_classes=parts.num_classes),

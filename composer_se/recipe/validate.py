@@ -86,7 +86,7 @@ def make_plan(recipe: Recipe) -> RunPlan:
     """Checks a recipe and returns its components.
 
     Raises:
-        UserError: A value is wrong. The message names the key by its full path.
+        UserError: If a value is wrong. The message names the key by its full path.
     """
     _check_batch_sizes(recipe)
     _check_machine(recipe)
@@ -117,7 +117,7 @@ def plan_network(recipe: Recipe) -> Component:
     """The network of a recipe. `num_classes` defaults to the number of classes in the training data.
 
     Raises:
-        UserError: A value is wrong. The message names the key by its full path.
+        UserError: If a value is wrong. The message names the key by its full path.
     """
     return plan_model(with_num_classes(recipe.model, count_classes(recipe)))
 
@@ -126,7 +126,7 @@ def plan_model(section: dict[str, Any]) -> Component:
     """The network of a recipe's section `model`.
 
     Raises:
-        UserError: The model can't be found, or one of its arguments is wrong.
+        UserError: If the model can't be found, or one of its arguments is wrong.
     """
     return Component("model", *check_network(section["name"], _without(section, "name")))
 
@@ -135,7 +135,7 @@ def count_classes(recipe: Recipe) -> int | None:
     """The number of classes of the training data; None where it can't be known before the data is read.
 
     Raises:
-        UserError: The data set or its arguments are wrong.
+        UserError: If the data set or its arguments are wrong.
     """
     dataset, arguments = _check_dataset("train_dataset", recipe.train_dataset)
     return dataset.count_classes(arguments)
@@ -152,7 +152,7 @@ def plan_data(path: str, section: dict[str, Any]) -> DataPlan:
     """Checks the section `path`: `train_dataset` or `eval_dataset`.
 
     Raises:
-        UserError: There is no such data set, one of its arguments is wrong, or files are missing.
+        UserError: If there is no such data set, one of its arguments is wrong, or files are missing.
     """
     dataset, arguments = _check_dataset(path, section)
     num_workers = check_arguments(_loader_arguments, {"num_workers": section.get("num_workers")}, path)["num_workers"]
@@ -196,7 +196,7 @@ def plan_section(section: str, content: dict[str, Any] | None) -> list[Component
     """The components of a recipe's section `algorithms`, `callbacks` or `loggers`.
 
     Raises:
-        UserError: A component can't be found, or one of its arguments is wrong.
+        UserError: If a component can't be found, or one of its arguments is wrong.
     """
     planned = []
     for name, arguments in (content or {}).items():
@@ -323,7 +323,7 @@ def squeeze_excite_options(recipe: Recipe) -> SqueezeExciteOptions | None:
     """The options under `algorithms.squeeze_excite` of a recipe, or None where the recipe has none.
 
     Raises:
-        UserError: An option is unknown or has a wrong value.
+        UserError: If an option is unknown or has a wrong value.
     """
     section = (recipe.algorithms or {}).get("squeeze_excite")
     if section is None:

@@ -37,7 +37,7 @@ def write_report(run_folder: Path) -> Path:
         The path of the report.
 
     Raises:
-        UserError: The folder holds no recipe, the recipe is wrong, or the report can't be written.
+        UserError: If the folder holds no recipe, the recipe is wrong, or the report can't be written.
     """
     recipe_file = run_folder / "recipe.yaml"
     if not recipe_file.is_file():

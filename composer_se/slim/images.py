@@ -26,7 +26,7 @@ def halves(loader: DataLoader) -> list[tuple[Iterable[Any], int]]:
         The batches of the deciding and of the reporting half, in the loader's order, each with its number of images.
 
     Raises:
-        UserError: There are fewer than two images.
+        UserError: If there are fewer than two images.
     """
     images: Any = loader.dataset
     if len(images) < 2:

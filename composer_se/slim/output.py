@@ -71,7 +71,7 @@ def write(folder: Path, recipe: Recipe, network: nn.Module, found: Mapping[str, 
         The files.
 
     Raises:
-        UserError: A file can't be written.
+        UserError: If a file can't be written.
     """
     weights, picture = io.BytesIO(), io.BytesIO()
     torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, weights)
