@@ -43,7 +43,7 @@ class SqueezeExcite(Algorithm):
         exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
         placement: ``"conv"``, or ``"norm"`` for blocks after the norm that follows. Default: ``"conv"``.
-        inplace: Of earlier versions; has no effect.
+        inplace: An option of earlier versions without effect.
 
     Raises:
         TypeError: If an argument has the wrong type.

@@ -27,7 +27,7 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
     Args:
         name: The user's word.
-        valid: The names that would have been accepted.
+        valid: The valid names.
 
     Returns:
         The end of a sentence, such as `"; did you mean 'momentum'?"`.

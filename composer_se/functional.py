@@ -57,7 +57,7 @@ def apply_squeeze_excite(
         exclude: Glob pattern, or several, of convs to skip. Default: none.
         init: ``"default"``, or ``"identity"`` for networks that are trained already. Default: ``"default"``.
         placement: ``"conv"``, or ``"norm"`` for blocks after the norm that follows. Default: ``"conv"``.
-        inplace: Of earlier versions; has no effect.
+        inplace: An option of earlier versions without effect.
 
     Returns:
         The new `SqueezeExciteConv2d` or `SqueezeExciteNorm2d`, by the qualified name of the conv or norm that each

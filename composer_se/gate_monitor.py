@@ -77,7 +77,7 @@ class GateMonitor(Callback):
             self._observing = time.batch_in_epoch.value == 0 and time.epoch.value % self.interval.value == 0
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Clears the sums: automatic microbatching runs a batch again when memory did not suffice."""
+        """Clears the sums, because automatic microbatching runs a batch again when memory did not suffice."""
         if self._observing:
             self._blocks = se_blocks(state.model)
             device = next(state.model.parameters()).device
@@ -131,7 +131,7 @@ class GateMonitor(Callback):
         }
 
     def _warn(self, name: str, gates: GateStatistics) -> None:
-        """Warns of a layer that was suspicious in so many observed batches in a row, once for each suspicion."""
+        """Warns of a layer that was constant or saturated in three observed batches in a row, once for each."""
         constant = (
             f"The gates of {name} are constant: a channel's gate varies over samples by {gates.std_over_samples:.1e} "
             f"around {gates.mean:.2f}. Squeeze-and-Excitation does nothing there; exclude the layer, or look why the "

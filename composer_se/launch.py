@@ -45,7 +45,7 @@ _PATIENCE_SECONDS = 30.0
 
 
 def is_local_rank_zero() -> bool:
-    """True when the user of this node sees this process's output."""
+    """True if the user of this node sees the output of this process."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
@@ -145,7 +145,7 @@ def keep_freed_memory() -> None:
 
 
 def threads_for(pixels: int) -> int | None:
-    """The number of threads for training steps on so many pixels per process.
+    """The number of threads for training steps on a number of pixels per process.
 
     Returns:
         None where the user's environment says how many.

@@ -31,7 +31,7 @@ class SqueezeExcite2d(nn.Module):
         latent_channels: Hidden width of the MLP: a whole number >= 1, or a share of ``num_features`` in (0, 1).
             Default: ``0.125``.
         init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
-        inplace: Of earlier versions; has no effect.
+        inplace: An option of earlier versions without effect.
         **factory: ``device`` and ``dtype`` of the weights. Default: PyTorch's.
 
     Raises:
@@ -80,7 +80,7 @@ class SqueezeExcite2d(nn.Module):
 
     @torch.jit.unused
     def is_identity(self) -> bool:
-        """True while all gates of an identity block are still 1. Once they have moved, no check makes a GPU wait."""
+        """True while all gates of an identity block are still 1. Reads the weights, but not after they have changed."""
         expand: Any = self.pool_and_mlp["4"]
         self._has_moved = self._has_moved or bool(expand.weight.any())
         return not self._has_moved
@@ -106,7 +106,7 @@ class SqueezeExciteConv2d(SqueezeExcited):
             can, unless the whole output has fewer than 2¹⁷ numbers. In training, SE then adds no pass over the maps and
             keeps no activation. Any other reader of the output gets the gated maps. Default: ``False``.
         init: ``"default"``, or ``"identity"`` for gates that start at 1, as in `composer_se.SqueezeExciteOptions`.
-        inplace: Of earlier versions; has no effect.
+        inplace: An option of earlier versions without effect.
         **kwargs: Keyword arguments of `torch.nn.Conv2d`.
 
     Raises:

@@ -28,7 +28,7 @@ Patterns = str | Sequence[str] | None
 
 @dataclass(frozen=True)
 class SqueezeExciteOptions:
-    """Which convs of a model get Squeeze-and-Excitation, and how wide the blocks are.
+    """The options that choose the convs that get Squeeze-and-Excitation, and that shape the blocks.
 
     Args:
         latent_channels: Hidden width of the blocks' MLP: a whole number >= 1, or a share of the conv's output channels
@@ -47,7 +47,7 @@ class SqueezeExciteOptions:
             ``2 sigmoid(z)`` then, and the last layer of the MLP starts at zero. Default: ``"default"``.
         placement: Where the block of a chosen conv goes. ``"conv"``: right after it. ``"norm"``: after the norm that
             follows it, as in the paper. Default: ``"conv"``.
-        inplace: Not needed any more; any value but None logs a warning.
+        inplace: An option of earlier versions without effect. Any value but None logs a warning.
 
     Raises:
         TypeError: If an option has the wrong type.
@@ -138,7 +138,7 @@ def latent_width(latent_channels: float, num_features: int) -> int:
         num_features: Channels of the gated map.
 
     Returns:
-        The width; a share is rounded down, but never to nothing.
+        The width. A share is rounded down, but not below 1.
     """
     share = latent_channels < 1
     return max(1, int(latent_channels * num_features)) if share else int(latent_channels)

@@ -25,9 +25,9 @@ class ConvPlan:
     """The decision on one conv, and the cost that it adds.
 
     Attributes:
-        map_size: Height and width of the conv's output at its first call, or None where that is not known.
+        map_size: Height and width of the conv's output at its first call, or None if unknown.
         reason: The reason of the choice, in a few words.
-        latent_channels: Hidden width of the block it has or gets; 0 for none.
+        latent_channels: Hidden width of the block that the conv has or gets; 0 for none.
         added_parameters: Weights of the new block.
         added_multiply_adds: Multiply-adds of the new block's two matrix products, for one image, as
             `composer-se cost` counts them. Squeeze and scaling are memory-bound.
@@ -52,12 +52,12 @@ class Plan:
     """The decision on every conv of a model, in model order.
 
     Attributes:
-        options: The options that were given.
+        options: The options of SE.
         threshold: The threshold in force: ``options.min_channels``, or the number chosen for ``"auto"``.
         image_size: Height and width of the image that the map sizes belong to, or None.
         parameters: The number of parameters of the model as it is.
         multiply_adds: Multiply-adds of the model as it is, for one image, in convs and matrix products, or None
-            where no image size was given or the forward pass failed.
+            if no image size was given or the forward pass failed.
         notes: Warnings: narrow blocks, no conv chosen, map sizes that could not be found.
     """
 

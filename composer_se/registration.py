@@ -26,7 +26,7 @@ def register_algorithm() -> None:
 
 
 class _ComposerFinder(MetaPathFinder):
-    """Finds Composer as usual, and registers the algorithm once Composer has been imported.
+    """Lets Python find Composer as usual, and registers the algorithm once Composer has been imported.
 
     A program that imports this package first, as sorted imports do, and then loads a checkpoint without naming the
     algorithm touches nothing else of ours, and Composer has no entry point for plugins.

@@ -1,4 +1,4 @@
-"""Which convs get Squeeze-and-Excitation, why the others do not, and how wide each block is."""
+"""Chooses the convs that get Squeeze-and-Excitation, with a reason for each conv and the width of its block."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class ConvChoice:
     Attributes:
         name: Qualified name, the first one in model order for a conv that several modules share.
         conv: The conv.
-        chosen: True if it gets a block.
+        chosen: True if the conv gets a block.
         reason: The reason, in a few words.
-        latent_channels: Hidden width of the block it has or gets; 0 for none.
-        norm: The norm that follows it, if one does.
-        too_narrow: True if it gets no block only because it has too few channels.
+        latent_channels: Hidden width of the block that the conv has or gets; 0 for none.
+        norm: The norm that follows the conv, or None.
+        too_narrow: True if the number of channels alone keeps the conv from a block.
     """
 
     name: str
@@ -86,8 +86,8 @@ def select_convs(model: nn.Module, options: SqueezeExciteOptions) -> Selection:
 
     Raises:
         TypeError: If the model is wrapped in DDP or FSDP.
-        ValueError: If a pattern matches no conv, the model is itself a conv, or a block goes after the norm that
-            follows and there is none.
+        ValueError: If a pattern matches no conv, the model is itself a conv, or ``placement`` is "norm" and no norm
+            follows a chosen conv.
     """
     include, exclude = tuple(options.include or ()), tuple(options.exclude or ())
     _check_model(model)
@@ -174,7 +174,7 @@ def _conv_names(model: nn.Module) -> dict[nn.Conv2d, list[str]]:
 
 
 def _convs_with_block(model: nn.Module, norms: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, int]:
-    """The convs that have a block of ours, after them or after the norm that follows, with its width."""
+    """The convs that have a block of ours, after the conv or its norm, each with the block's width."""
     wrappers = (module for module in model.modules() if isinstance(module, SqueezeExciteConv2d))
     widths = {conv: wrapper.se.latent_channels for wrapper in wrappers for conv in wrapper.conv.modules()}
     return widths | {conv: n.se.latent_channels for conv, n in norms.items() if isinstance(n, SqueezeExciteNorm2d)}
@@ -199,7 +199,7 @@ def _is_channels_last(norm: nn.Module) -> bool:
 
 
 def _unsuited_convs(model: nn.Module) -> dict[nn.Module, str]:
-    """Convs that see one number per channel instead of a map, with the reason to give."""
+    """The convs whose input has one number per channel instead of a map, each with the reason to give."""
     reasons: dict[nn.Module, str] = {}
     for name, module in model.named_modules():
         label = f"{type(module).__name__} {name}" if name else type(module).__name__

@@ -43,13 +43,13 @@ def replace_module_classes(
     several parents is replaced by one module in all of them. Replacements are moved to the device of what they replace.
 
     Args:
-        module: The model. It can't itself be replaced.
+        module: The model. It can't be replaced itself.
         policies: Replacement functions by module class, subclasses included. The first module that one returns is used.
         optimizers: Optimizers that hold the model's parameters. Parameters of replaced modules are replaced in them
             too, as `update_params_in_optimizer` does it. Default: none.
         recurse_on_replacements: True asks the policies about replacements and their children too. A policy that always
             matches its own replacement never ends. Default: ``False``.
-        indices: The number of modules of each class seen before; updated. Default: none.
+        indices: By class, the number of modules that were asked about before. Updated in place. Default: none.
 
     Returns:
         The replacement of every replaced module, in the order of replacement.
@@ -298,6 +298,6 @@ def _rename_in_optimizers(
 
 
 def _find_param_in_optimizer(param: Parameter, optimizer: Optimizer) -> int:
-    """The index of the parameter group that holds ``param``, or -1, under the name that Composer's tests import."""
+    """The index of the parameter group that holds ``param``, or -1. Composer's tests import it by this name."""
     groups = enumerate(optimizer.param_groups)
     return next((i for i, group in groups if any(param is other for other in group["params"])), -1)

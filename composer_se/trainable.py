@@ -135,7 +135,7 @@ _WORDS: dict[str, tuple[str, Callable[[nn.Module], Iterable[_Part]]]] = {
 
 
 def _own_parts(module: nn.Module) -> list[_Part]:
-    """The parameters of a module without those of its children; of a norm that has none, itself."""
+    """The parameters of a module without those of its children. A norm without parameters yields itself."""
     return [module] if _is_bare_norm(module) else [*module.parameters(recurse=False)]
 
 

@@ -15,7 +15,7 @@ class SqueezeExcited(nn.Module):
 
     This wrapper reads and sets attributes that it lacks (``stride``, ``padding``, ...) on the wrapped layer. It also
     reads the layer's parameters, but can't set them: assigning to the wrapper's ``weight`` raises a TypeError. Assign
-    to the layer's. A state dict of the bare layer loads into the wrapper, and the block keeps its weights.
+    to the layer's ``weight``. A state dict of the bare layer loads into the wrapper, and the block keeps its weights.
 
     Attributes:
         inner: The name of the layer in this module.
@@ -79,7 +79,7 @@ def mark_as_squeeze_excited(conv: nn.Module, marked: bool = True) -> None:
 
 
 def is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
-    """Whether calling ``module`` runs these methods of its class and nothing more: nobody else can hold the result.
+    """True if a call of ``module`` runs these methods of ``module_class`` and nothing more: nobody else holds the result.
 
     Hooks on the backward pass also hold a view of the result. Parametrised modules are plain in this respect.
     """

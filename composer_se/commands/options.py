@@ -77,15 +77,15 @@ def add_squeeze_excite_arguments(parser: Any) -> None:
 def read_squeeze_excite(
     args: argparse.Namespace, recipe: SqueezeExciteOptions | None, **others: Any
 ) -> SqueezeExciteOptions:
-    """The recipe's options or the defaults, replaced by those of the command line.
+    """The options of SE: the recipe's or the defaults, with those of the command line in their place.
 
     Args:
         args: The parsed arguments, with those of `add_squeeze_excite_arguments`.
-        recipe: The recipe's options, if there are any.
-        others: Further options of the command; None where the user did not give them.
+        recipe: The recipe's options, or None.
+        others: Further options of the command. None stands for an option that the user did not give.
 
     Raises:
-        UserError: `--latent-channels` is neither a width nor a share.
+        UserError: If `--latent-channels` is neither a width nor a share.
     """
     from composer_se.options import SqueezeExciteOptions
 
@@ -117,7 +117,7 @@ def _read_number(argument: str, text: str, option: str) -> Any:
 
 
 def _number(text: str) -> int | float | str:
-    """The text as a number, or stripped if it is not a number."""
+    """The text as a number, or without surrounding spaces if it is none."""
     for kind in (int, float):
         try:
             return kind(text)

@@ -39,7 +39,7 @@ class Trained:
         network: The network, in evaluation mode, on its device.
         batches: Yields (images, labels).
         data: Name of the data set.
-        classes: Names of the classes, or None where only their numbers are known.
+        classes: Names of the classes, or None if they are unknown.
         checkpoint: The file of the weights.
         run_folder: The run's folder, or None for a checkpoint outside of one.
         recipe: The recipe of the run.

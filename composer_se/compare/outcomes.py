@@ -40,7 +40,7 @@ class Outcome:
 
     @property
     def accuracy(self) -> float:
-        """The accuracy in the last evaluation, not in the best."""
+        """The accuracy in the last evaluation, which need not be the best."""
         return self.accuracies[-1][1]
 
 

@@ -127,7 +127,7 @@ def run_pilot(comparison: Comparison, progress: Progress) -> dict[str, list[Outc
 
 
 def _check_writable(folder: Path) -> None:
-    """Raises an error now, and not after hours of training."""
+    """Raises an error before the training if the folder can't be written."""
     try:
         TemporaryFile(dir=next(path for path in (folder, *folder.parents) if path.exists())).close()
     except OSError as error:
@@ -137,7 +137,7 @@ def _check_writable(folder: Path) -> None:
 
 
 def other_lengths(comparison: Comparison, findings: Findings) -> list[int]:
-    """The shortest and longest training time of the arms, in steps of the reference, unless about its own."""
+    """The shortest and longest training time of the arms, in steps of the reference, if they differ from its own."""
     reference = comparison.reference.name
     own = findings.training_seconds(reference)
     times = [findings.training_seconds(arm.name) for arm in comparison.arms]

@@ -49,7 +49,7 @@ def time_in_turns(
 
     Args:
         steps: By variant and instance, a function that runs one step.
-        rounds: Visits to every instance.
+        rounds: The number of visits to every instance.
         device: The device of the steps. The clock waits for it before and after each timed step.
         seed: The seed of the order.
         visit: The numbers of untimed and timed steps of a visit. Default: `steps_per_visit`, from one timed step.

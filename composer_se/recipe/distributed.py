@@ -1,4 +1,4 @@
-"""Sets up the processes of a run, and broadcasts what rank zero reads and its buffers."""
+"""Sets up the processes of a run, and broadcasts values and buffers from rank zero."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class SameBuffers(Callback):
 
     After a training step the weights are equal on all processes, but each process has updated the running statistics
     of batch norm with its own images. Without the broadcast, each process would evaluate a slightly different network.
-    The checkpoint holds rank zero's.
+    The checkpoint holds rank zero's buffers.
     """
 
     def eval_before_all(self, state: State, logger: Logger) -> None:

@@ -1,4 +1,4 @@
-"""Writes metrics as JSON lines: each step once, also when the run is killed and resumed."""
+"""Writes metrics as JSON lines: one line per step, even if the run is killed and resumed."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class MetricsFile(LoggerDestination):
     it trains these steps again.
 
     Args:
-        path: The file. Created when training starts.
+        path: The file. Training creates it when it starts.
 
     Attributes:
         latest: The last value of every number.
-        hyperparameters: Logged by the Trainer and its algorithms.
+        hyperparameters: The hyperparameters that the Trainer and its algorithms logged.
     """
 
     def __init__(self, path: Path) -> None:

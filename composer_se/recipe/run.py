@@ -85,7 +85,7 @@ def exit_code_of(work: Callable[[], object], folder: Path) -> int:
 
     Args:
         work: The function, called without arguments.
-        folder: The folder it writes to, for the error message.
+        folder: The folder that the function writes to, for the error message.
 
     Returns:
         0 when `work` has returned, 130 after SIGINT, 143 after SIGTERM.
@@ -207,10 +207,10 @@ def _position(trainer: Trainer) -> str:
 
 
 def _remove(new_folders: list[Path]) -> None:
-    """Removes the run folder, and the new folders above it as far as they are empty.
+    """Removes the run folder, and those of the new folders above it that are empty.
 
     Args:
-        new_folders: The run folder, then its parents upwards, as far as they did not exist before this run.
+        new_folders: The folders that this run created: the run folder, then its parents upwards.
     """
     if not new_folders:
         return

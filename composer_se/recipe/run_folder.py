@@ -58,10 +58,10 @@ def is_under_way(recipe: Recipe) -> bool:
 
 
 def check_unchanged(recipe: Recipe) -> None:
-    """Refuses to continue a run with a recipe that would have trained other weights.
+    """Refuses to continue a run if the recipe differs from the stored one in a key that changes the weights.
 
     Raises:
-        UserError: If the run is complete or has a checkpoint, and its recipe differs in a key that changes the weights.
+        UserError: If the run is complete or has a checkpoint, and the recipes differ in such a key.
     """
     path = Path(recipe.run_folder) / "recipe.yaml"
     if not path.is_file() or not is_under_way(recipe):

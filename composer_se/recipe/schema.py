@@ -116,7 +116,7 @@ class Recipe:
 
 
 def keys(*facts: str) -> tuple[str, ...]:
-    """The keys that have all of these `_FACTS`; without facts, all keys."""
+    """The keys to which all the given `_FACTS` apply. Without facts, all keys."""
     assert _FACTS.issuperset(facts)
     return tuple(key.name for key in dataclasses.fields(Recipe) if key.metadata["facts"].issuperset(facts))
 

@@ -49,10 +49,10 @@ class Parts:
     Attributes:
         network: The network. Its initial weights depend on the seed, but not on the algorithms.
         num_classes: The number of the network's outputs.
-        algorithms: The recipe's, and one that freezes the parameters that the recipe does not train.
-        optimizer: The optimizer of the network's parameters; None where nothing is trained.
+        algorithms: The recipe's algorithms, and one that freezes the parameters that the recipe does not train.
+        optimizer: The optimizer of the network's parameters, or None if nothing is trained.
         scheduler: The scheduler of the learning rate, or None.
-        train_loader: This process's share of the training data; None where nothing is trained.
+        train_loader: This process's share of the training data, or None if nothing is trained.
         eval_loader: This process's share of the held-out data, or None.
         classes: The names of the training data's classes, or None.
     """

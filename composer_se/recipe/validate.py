@@ -46,9 +46,9 @@ class Component:
     """A class or function of a recipe, with its checked arguments.
 
     Attributes:
-        path: Its key in the recipe.
+        path: The key of the component in the recipe.
         target: The class or function.
-        arguments: Its checked arguments.
+        arguments: The checked arguments for a call of the target.
     """
 
     path: str
@@ -132,7 +132,7 @@ def plan_model(section: dict[str, Any]) -> Component:
 
 
 def count_classes(recipe: Recipe) -> int | None:
-    """The number of classes of the training data; None where it can't be known before the data is read.
+    """The number of classes of the training data, or None if it is unknown before the data is read.
 
     Raises:
         UserError: If the data set or its arguments are wrong.
@@ -182,11 +182,11 @@ def _check_same_split(recipe: Recipe) -> None:
 
 
 def _loader_arguments(num_workers: int | None = None) -> None:
-    """Only a signature: the argument that every data set takes besides its own."""
+    """Gives the signature of the argument that every data set takes besides its own."""
 
 
 def _plan_named(section: str, content: dict[str, Any], supplied: int = 0) -> Component:
-    """The component of a section. The recipe can't set the first `supplied` arguments."""
+    """The component of a section such as `optimizer`. The recipe can't set the first `supplied` arguments."""
     target = resolve(section, content["name"], f"{section}.name")
     first = tuple(inspect.signature(target).parameters)[:supplied]
     return Component(section, target, check_arguments(target, _without(content, "name"), section, first))

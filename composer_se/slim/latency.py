@@ -35,7 +35,7 @@ def measure_latencies(
         network: The network, in evaluation mode.
         means: The mean gates by layer.
         points: The curve.
-        chosen: A number of fixed blocks that is timed in any case.
+        chosen: The chosen number of fixed blocks.
         images: Some images, (N, C, H, W), on the network's device.
         advance: Called after each visit.
 

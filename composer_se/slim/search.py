@@ -136,7 +136,7 @@ def fold_first(network: nn.Module, means: Mapping[str, Tensor], points: Sequence
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Which images were classified correctly, (N,), and the mean cross entropy."""
+    """True for each image that was classified correctly, (N,), and the mean cross entropy."""
 
     right: Tensor
     cross_entropy: float
