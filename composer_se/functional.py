@@ -117,7 +117,7 @@ def remove_squeeze_excite(
 
     Args:
         model: The model, not wrapped in DDP or FSDP.
-        optimizers: The optimizers of its parameters. The parameters of the blocks leave them. Default: none.
+        optimizers: The optimizers of the model's parameters. They drop the parameters of the blocks. Default: none.
 
     Returns:
         The bare layers, by qualified name, in model order.

@@ -79,7 +79,7 @@ def mark_as_squeeze_excited(conv: nn.Module, marked: bool = True) -> None:
 
 
 def is_plain(module: nn.Module, module_class: type[nn.Module], *methods: str) -> bool:
-    """True if a call of ``module`` runs these methods of ``module_class`` and nothing more: nobody else holds the result.
+    """True if a call of ``module`` runs only these methods of ``module_class``, so that nobody else holds the result.
 
     Hooks on the backward pass also hold a view of the result. Parametrised modules are plain in this respect.
     """

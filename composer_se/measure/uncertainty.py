@@ -58,7 +58,7 @@ def pairs_needed(difference: float, deviation: float, chance: float) -> int | No
         chance: The probability that so many pairs show it.
 
     Returns:
-        The number of pairs, 2 or more; None where it is over 10,000.
+        The number of pairs, 2 or more; None if it is over 10,000.
     """
     count = 2
     while (students_t(count - 1) + t.ppf(chance, count - 1)) * deviation / math.sqrt(count) > abs(difference):

@@ -49,7 +49,7 @@ class CIFARResNet(nn.Module):
         in_channels: Channels of the input images. Default: `3`.
 
     Raises:
-        ValueError: `depth` is not 6n + 2.
+        ValueError: If `depth` is not 6n + 2 with n >= 1.
     """
 
     def __init__(self, depth: int, num_classes: int = 10, in_channels: int = 3) -> None:
