@@ -28,9 +28,9 @@ __all__ = [
     "threads_for",
 ]
 
-# How two cores are used. Waking a second thread costs more than it gives where maps are small: `digits` takes 1.16
+# How two cores are used. To wake a second thread costs more than it gives where maps are small: `digits` takes 1.18
 # times as long with two passive threads as with one. Threads that wait actively are slow on a busy machine: with one
-# core taken `digits` takes 1.6 times as long as with passive ones (`make threads`).
+# core taken `digits` takes 1.9 times as long as with passive ones (`make threads`, two AMD EPYC cores).
 PIXELS_PER_THREAD = 2**14  # a thread more for as many pixels of a step; digits has 2**12
 WAIT_POLICY = "PASSIVE"  # of the threads, where there are several
 
