@@ -34,9 +34,9 @@ check: $(VENV)/dev.stamp ## formatting, lint, types and the layers of imports
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leave the machine alone for half an hour
+cost: $(VENV)/dev.stamp ## measure the tables and the plot of docs/cost.md: leave the machine alone for an hour and a half
 	$(BIN)/composer-se cost --model resnet50 --min-channels 128 --min-channels-of both --against composer \
-	    --layers --instances 2 --repeats 3 --json docs/results/cost-resnet50-against-composer.json
+	    --layers --instances 3 --repeats 8 --json docs/results/cost-resnet50-against-composer.json
 	$(BIN)/composer-se cost --model resnet50 --min-channels 1 --include '*.conv3' --placement norm --against composer \
 	    --layers --instances 2 --repeats 2 --json docs/results/cost-resnet50-paper.json
 	$(BIN)/composer-se cost --model resnet50 --instances 2 --repeats 2 \

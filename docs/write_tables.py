@@ -220,8 +220,8 @@ def recommendations() -> str:
         (
             "Large maps",
             "leave them alone, or expect slower inference",
-            f"for 16 images SE adds {added[512, 28]:.1f} ms after a conv of 512×28×28, {added[2048, 7]:.1f} ms after "
-            "one of 2048×7×7",
+            f"for 16 images SE adds {added[512, 28]:.1f} ms after a conv of 512×28×28, {added[512, 7]:.1f} ms after "
+            "one of 512×7×7",
         ),
         (
             "Served at batch 1",
