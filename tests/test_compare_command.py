@@ -403,3 +403,9 @@ def test_a_comparison_under_the_launcher(tmp_path: Path) -> None:
     assert done.stdout.count("1 seed per arm") == 1
     found = json.loads((tmp_path / "out/results.json").read_text())
     assert [run["batches"] for runs in found["runs"].values() for run in runs] == [10, 10]
+
+
+def test_a_folder_may_have_any_character_in_its_name() -> None:
+    arms = (Arm("one", ()), Arm("two", ()))
+    recipes = run_recipes(Comparison("digits", (), arms, 1, Path("😀")), 0)
+    assert recipes["one"].run_folder == "😀/runs/one-seed17"

@@ -224,3 +224,12 @@ def test_the_axis_of_the_picture_reaches_as_far_as_gates_can(
     picture.draw("Gates", analyse(network.eval(), batches), [str(k) for k in range(10)], tmp_path / "gates.png")
     panels = [axis for axis in figures[0].axes if axis.get_title() in ("0", "3")]
     assert [axis.get_ylim() for axis in panels] == [(0, limit)] * 2
+
+
+def test_held_out_images_of_other_classes_are_refused(
+    digits_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(digits_run, tmp_path / "digits", symlinks=True))
+    (run / "classes.json").write_text(json.dumps(["zero", *map(str, range(1, 10))]))
+    assert main(["gates", str(run)]) == 2
+    assert "its classes are not those that the network was trained on ('0', 'zero')" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import yaml
 
 from composer_se.errors import UserError
 from composer_se.recipe.load import load_recipe
-from composer_se.recipe.run_folder import check_unchanged, write_recipe, write_summary
+from composer_se.recipe.run_folder import check_unchanged, read_finished, write_recipe, write_summary
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +80,11 @@ def test_run_of_a_version_with_another_key_is_refused_in_one_line() -> None:
     with pytest.raises(UserError, match=r"run_name: runs/digits .*steps_per_moon.*run_name=") as error:
         check()
     assert "\n" not in str(error.value)
+
+
+def test_a_stretched_run_is_complete_after_its_stretched_duration() -> None:
+    stretched = ("max_duration=2ep", "scale_schedule_ratio=2")
+    for epochs, complete in ((2, False), (4, True)):
+        summary = {"max_duration": "1ep", "epoch": epochs, "batch": 0, "sample": 0}
+        write_summary(load_recipe("digits"), summary)
+        assert (read_finished(load_recipe("digits", stretched)) is not None) is complete

@@ -316,3 +316,10 @@ def test_mistakes_are_named_in_one_line_and_nothing_is_written(
     assert words in error
     assert error.strip().count("\n") == 0
     assert checksums(run) == before
+
+
+def test_the_run_itself_is_never_overwritten(digits_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = checksums(digits_run)
+    assert main(["slim", str(digits_run), "--out", str(digits_run)]) == 2
+    assert "is the run's own folder" in capsys.readouterr().err
+    assert checksums(digits_run) == before

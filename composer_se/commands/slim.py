@@ -50,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tolerance {tolerance:g}: expected percentage points, 0 or more, such as 0.1")
     if args.source.is_file():
         raise UserError(f"{args.source}: expected a run's folder, got a file")
+    if args.out is not None and args.out.resolve() == args.source.resolve():
+        raise UserError(f"--out {args.out}: is the run's own folder, whose recipe.yaml must stay; name another")
 
     from dataclasses import asdict
 

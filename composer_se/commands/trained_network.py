@@ -83,6 +83,17 @@ def load_trained(source: Path, recipe_name: str | None, data: str | None, device
     model = plan_model(with_num_classes(without_weights(recipe.model), outputs))  # the weights come from the checkpoint
     algorithms = build_algorithms(plan_section("algorithms", recipe.algorithms))
     split: Split = held_out.images.build(train=False)
+    if (
+        classes
+        and split.classes
+        and {*classes} & {*split.classes}
+        and classes[: len(split.classes)] != [*split.classes]
+    ):
+        odd = ", ".join(map(repr, sorted({*classes} ^ {*split.classes})[:5]))
+        raise UserError(
+            f"--data: its classes are not those that the network was trained on ({odd or 'in another order'}), so "
+            "their numbers differ; restore the folders of the classes"
+        )
     network = _load(model, algorithms, split, checkpoint, device)
     if not se_blocks(network):
         raise UserError(f"{source}: the network has no Squeeze-and-Excitation layers")

@@ -132,4 +132,7 @@ def _placed(comparison: Comparison, arm: Arm, name: str, seed: int, *overrides: 
         "save_folder": f"{run_folder}/checkpoints",
         "progress_bar": False,
     }
-    return load_recipe(comparison.recipe, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in place.items())))
+    return load_recipe(
+        comparison.recipe,
+        (*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in place.items())),
+    )

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from composer_se.errors import UserError, did_you_mean, one_line
 from composer_se.recipe.schema import COMPONENT_SECTIONS, NAMED_SECTIONS, Recipe, keys
@@ -144,7 +144,7 @@ def _explain(error: OmegaConfBaseException) -> str:
     """Returns one line about an error of OmegaConf, with the full path of the key."""
     key = error.full_key or (str(error.key) if error.key is not None else "recipe")
     problem = one_line(str(error.msg or error).split("\n")[0])
-    if isinstance(error, ConfigKeyError) and "." not in key:
+    if isinstance(error, ConfigKeyError | ConfigAttributeError) and "." not in key:
         return f"{key}: unknown key{did_you_mean(key, keys())}"
     if problem.endswith("is not Optional"):
         return f"{key}: required; it can't be null"

@@ -46,7 +46,8 @@ def read_finished(recipe: Recipe) -> dict[str, Any] | None:
         return summary
     wanted = Time.from_input(recipe.max_duration, TimeUnit.EPOCH)
     reached = {"ep": summary["epoch"], "ba": summary["batch"], "sp": summary["sample"]}
-    return summary if reached.get(wanted.unit.value, 0) >= wanted.value else None
+    steps = int(wanted.value * recipe.scale_schedule_ratio)  # as Composer scales the duration
+    return summary if reached.get(wanted.unit.value, 0) >= steps else None
 
 
 def is_under_way(recipe: Recipe) -> bool:

@@ -272,6 +272,10 @@ def _check_numbers(recipe: Recipe) -> None:
         value = getattr(recipe, key)
         if value <= 0:
             raise UserError(f"{key}: expected a number above 0, got {value}")
+    for key in ("train_subset_num_batches", "eval_subset_num_batches"):
+        value = getattr(recipe, key)
+        if value < 1 and value != -1:
+            raise UserError(f"{key}: expected 1 or more, or -1 for all, got {value}")
     if recipe.scale_schedule_ratio != 1 and recipe.scheduler is None:
         raise UserError("scale_schedule_ratio: there is no scheduler to scale; add one, or change max_duration instead")
 
