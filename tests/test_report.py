@@ -132,3 +132,11 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path, capsys: pytest.CaptureF
 )
 def test_image_size_of_a_data_set(section: dict[str, object], size: int) -> None:
     assert image_size(section) == size
+
+
+def test_a_network_that_reads_tensors_while_it_is_built_has_a_report(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {name: regnet_x_400mf}\ntrain_dataset: {name: synthetic}\noptimizer: {name: sgd, lr: 0.1}\n"
+        "max_duration: 1ba\ntrain_batch_size: 2\nrun_name: regnet\nalgorithms: {squeeze_excite: {min_channels: auto}}\n"
+    )
+    assert "trunk_output.block4" in write_report(tmp_path).read_text()

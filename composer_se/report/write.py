@@ -95,6 +95,11 @@ def _plan(recipe: Recipe, num_classes: int | None) -> Plan | None:
     if options is None:
         return None
     model = with_num_classes(without_weights(recipe.model), num_classes)
-    with torch.device("meta"):  # only the shapes are needed
-        network = plan_network(replace(recipe, model=model)).build()
+    component = plan_network(replace(recipe, model=model))
+    try:
+        with torch.device("meta"):  # only the shapes are needed
+            network = component.build()
+    except UserError:  # some networks, RegNet for instance, read values of tensors while they are built
+        with torch.random.fork_rng(devices=[]):
+            network = component.build()
     return plan(network, image_size=image_size(recipe.train_dataset), **asdict(options))
