@@ -19,6 +19,7 @@ from torch import nn
 
 from composer_se.cli import main
 from composer_se.commands.network import add_network_arguments, read_network
+from composer_se.errors import UserError
 from composer_se.parts.image_sets import image_folder
 from composer_se.parts.loaders import SeededImages
 from composer_se.recipe.load import load_recipe
@@ -242,3 +243,17 @@ def test_photos_train_a_network_of_ones_own_killed_resumed_and_looked_at(folder:
     page = (folder / "runs/mine/report.html").read_text()
     assert "Gates after training" in page
     assert "Classes: cat, dog, owl" in page
+
+
+@pytest.mark.parametrize(("pixels", "words"), [(np.uint16, "more than 8 bits"), (np.uint8, "decompression bomb")])
+def test_an_image_of_more_than_8_bits_or_far_too_large_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: type, words: str
+) -> None:
+    for name in ("ant", "bee"):
+        (tmp_path / name).mkdir()
+        for number in range(5):
+            Image.fromarray(np.full((20, 20), 200, pixels)).save(tmp_path / name / f"{number}.png")
+    if pixels is np.uint8:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=words):
+        image_folder(True, str(tmp_path)).example()

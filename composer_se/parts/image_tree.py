@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -21,8 +21,12 @@ class ImageTree(ImageFolder):
     """The images of a folder of classes, as (image, class number). Classes are numbered in the order of their names.
 
     Raises:
-        UserError: When an image is read that can't be decoded. The message names the file.
+        UserError: When an image is read that can't be decoded, or has more than 8 bits per channel. The message names
+            the file.
     """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, loader=_load)
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """Hidden folders are no classes."""
@@ -32,10 +36,17 @@ class ImageTree(ImageFolder):
     def __getitem__(self, index: int) -> tuple[Any, Any]:
         try:
             return super().__getitem__(index)
-        except (OSError, SyntaxError, ValueError) as error:  # PIL's, and that of a damaged PNG
+        except Exception as error:  # PIL raises many kinds for damaged files, and its own for very large ones
             path = self.samples[index][0]
             fault = "no image of a known format" if isinstance(error, UnidentifiedImageError) else one_line(error)
             raise UserError(f"{path}: can't be read ({fault}); repair or delete this image") from error
+
+
+def _load(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        if image.mode == "F" or image.mode.startswith("I"):  # `convert` would cut such pixels off: white images
+            raise ValueError(f"its pixels, of mode {image.mode}, have more than 8 bits; convert it to 8 bits")
+        return image.convert("RGB")
 
 
 def split_folder(root: Path, train: bool) -> tuple[Path, bool]:
